@@ -1,0 +1,40 @@
+# make demo: the main job, from a bare machine to a table and a plot.   make test: the tests.   make check: format, lint, types, layers.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-all check format constraints clean
+
+demo: $(READY)
+	$(BIN)/python benchmarks/demo.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -q -m 'not gpu and not network'
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# Once: the environment, uv by pip, everything else by uv (seconds instead of minutes).
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The newest versions of everything, as pins; then run `make check test` before committing them.
+constraints: $(READY)
+	echo uv | $(BIN)/uv pip compile --quiet --upgrade --universal --no-header --no-annotate \
+		--extra dev --extra datasets pyproject.toml - --output-file constraints.txt
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .hypothesis

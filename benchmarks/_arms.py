@@ -1,0 +1,230 @@
+"""The arms of the transfer comparison, and one run of one of them.
+
+An arm is a way to initialise a ViT of a shape:
+
+``rows``        the ancestor itself, without any training: evenly spaced blocks, units copied cyclically, what reads a unit
+                that has c copies reads 1 / c of each; the leading units below the native width
+``random``      timm's own initialisation
+``lsamd-base``  the learngene as it is
+``base-even``   the same learngene, but with evenly spaced blocks of it: the control for the search
+
+One run is 3 epochs on one data set at 64 px with the one recipe that stands here, and its accuracy after each. Whatever
+the arm, the seed gives one order of the images, and one head where the arm inherits everything else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+import time
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from learngene_hub.data import Images, load_images
+from learngene_hub.factory import evaluate, expand, finetune
+from learngene_hub.learngene import Learngene
+from learngene_hub.shape import IMAGENET, Reach, ViTShape
+from learngene_hub.training import Recipe
+from learngene_hub.transforms import BLOCK_KEYS, STEM_KEYS
+from torch import nn
+
+ANCESTOR = "deit_tiny_patch16_224"  # the timm name of what --ancestor holds
+ARMS = ("rows", "random", "lsamd-base", "base-even")
+LEARNGENE_ARMS = ("lsamd-base", "base-even")  # grown from --learngene
+HEAD_DIM = 64
+SIZE = 64  # pixels
+EPOCHS = 3
+RATES = {"random": 1e-3, "rows": 3e-4, "lsamd-base": 3e-4, "base-even": 3e-4}  # peak learning rates
+
+
+def recipe(arm: str, seed: int, precision: str = "fp32") -> Recipe:
+    """The one recipe of every run: AdamW, one cycle, batches of 64, weight decay 0.05, no augmentation."""
+    return Recipe(
+        epochs=EPOCHS, lr=RATES[arm], batch_size=64, weight_decay=0.05, schedule="one-cycle", precision=precision, seed=seed
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One cell of the comparison."""
+
+    arm: str
+    shape: str  # DEPTHxWIDTH
+    set: str
+    seed: int
+    precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Job):
+    """What a run of a job gave; a line of the CSV."""
+
+    epoch_1: float  # test accuracy after each epoch, per cent
+    epoch_2: float
+    epoch_3: float
+    params: int
+    seconds: float  # of the whole run: growing, training, testing
+    digest: str  # sha256 of what the weights came from: the learngene's, or the ancestor's file; empty for random
+    machine: str
+
+    @property
+    def job(self) -> Job:
+        """The cell that this row fills."""
+        return Job(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Job)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where a worker finds what it needs."""
+
+    data: str  # folder with one folder per data set
+    ancestor: str | None = None  # safetensors file of the timm model ANCESTOR
+    learngene: str | None = None  # path, name of the registry, or Hub repository
+    device: str = "cpu"
+
+    def digest(self, arm: str) -> str:
+        """The sha256 of what ``arm`` inherits from."""
+        if arm == "rows":
+            return file_digest(self._need("ancestor"))
+        return open_learngene(self._need("learngene")).digest if arm in LEARNGENE_ARMS else ""
+
+    def _need(self, name: str) -> str:
+        value = getattr(self, name)
+        if value is None:
+            raise SystemExit(f"--{name} is missing: an arm that was asked for is grown from it")
+        return value
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """(depth, width) of "12x384"."""
+    depth, _, width = text.partition("x")
+    return int(depth), int(width)
+
+
+@lru_cache(maxsize=4)
+def file_digest(path: str) -> str:
+    """The sha256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+@lru_cache(maxsize=2)
+def open_learngene(name: str) -> Learngene:
+    """The learngene of this path or name, once per process."""
+    return Learngene.from_pretrained(name)
+
+
+@lru_cache(maxsize=2)
+def open_ancestor(path: str) -> nn.Module:
+    """The ancestor in float32, once per process."""
+    import timm
+    from safetensors.torch import load_file
+
+    model = timm.create_model(ANCESTOR, pretrained=False)
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()}, strict=True)
+    return model.eval()
+
+
+@lru_cache(maxsize=16)
+def open_images(folder: str, split: str) -> Images:
+    """One split of a data set at SIZE pixels, decoded once per process."""
+    return load_images(folder, split=split, size=SIZE)
+
+
+def untrained(ancestor: nn.Module) -> Learngene:
+    """The learngene that is ``ancestor`` itself, all its blocks equally good: nothing was trained or searched."""
+    native = ViTShape.of(ancestor)
+    state = {name: tensor.detach() for name, tensor in ancestor.state_dict().items()}
+    tensors = {f"stem.{key}": state[key] for key in STEM_KEYS if key in state}
+    tensors |= {f"block.{i}.{key}": state[f"blocks.{i}.{key}"] for i in range(native.depth) for key in BLOCK_KEYS}
+    norm = "norm" if native.pool == "token" else "fc_norm"
+    tensors |= {f"tail.norm.{kind}": state[f"{norm}.{kind}"] for kind in ("weight", "bias")}
+    tensors |= {
+        "search.alpha": torch.zeros(1, native.depth, 2),
+        "search.frequency": torch.ones(native.depth),
+        "search.paths": torch.zeros(1, native.depth),
+        "search.probability": torch.ones(native.depth),
+    }
+    return Learngene(
+        tensors=tensors,
+        method="lsamd",
+        settings={"select": "even", "fill": "nearest", "form": "copy"},
+        shape=native,
+        reach=Reach(depths=(1, 4 * native.depth), widths=(native.head_dim, 8 * native.width, native.head_dim)),
+        ancestor={"name": ANCESTOR, "sha256": "", "license": "Apache-2.0", "source": ""},
+        preprocessing=IMAGENET,
+        license="Apache-2.0",
+        provenance={},
+    )
+
+
+def evenly(learngene: Learngene) -> Learngene:
+    """The same learngene, whose smaller depths take evenly spaced blocks of those kept."""
+    return dataclasses.replace(learngene, settings={**learngene.settings, "select": "even"})
+
+
+def learngene_of(arm: str, sources: Sources) -> Learngene | None:
+    """What the arm is grown from; None for random."""
+    if arm == "random":
+        return None
+    if arm == "rows":
+        return untrained(open_ancestor(sources._need("ancestor")))
+    learngene = open_learngene(sources._need("learngene"))
+    return evenly(learngene) if arm == "base-even" else learngene
+
+
+def initialise(learngene: Learngene | None, depth: int, width: int, classes: int, seed: int) -> nn.Module:
+    """The ViT of this shape for SIZE pixels: grown from ``learngene``, or from None drawn with ``seed``."""
+    if learngene is not None:
+        return expand(learngene, depth=depth, width=width, num_labels=classes, image_size=SIZE, seed=seed)
+    shape = ViTShape(depth=depth, width=width, heads=width // HEAD_DIM, image_size=SIZE, classes=classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return shape.build()
+
+
+def measure(job: Job, sources: Sources) -> Row:
+    """One run of one job."""
+    began = time.perf_counter()
+    digest = sources.digest(job.arm)
+    folder = str(Path(sources.data) / job.set)
+    train, test = open_images(folder, "train"), open_images(folder, "test")
+    learngene = learngene_of(job.arm, sources)
+    model = initialise(learngene, *parse_shape(job.shape), len(train.classes), job.seed)
+    preprocessing = IMAGENET if learngene is None else learngene.preprocessing
+    kept = {"preprocessing": preprocessing, "device": sources.device}
+    accuracies = [
+        evaluate(model, test, precision=job.precision, **kept).accuracy
+        for step in finetune(model, train, recipe=recipe(job.arm, job.seed, job.precision), **kept)
+        if step.epoch_done
+    ]
+    first, second, third = (round(accuracy, 4) for accuracy in accuracies)
+    return Row(
+        **asdict(job),
+        epoch_1=first,
+        epoch_2=second,
+        epoch_3=third,
+        params=sum(p.numel() for p in model.parameters()),
+        seconds=round(time.perf_counter() - began, 2),
+        digest=digest,
+        machine=machine(sources.device),
+    )
+
+
+def machine(device: str) -> str:
+    """What ran, in words: the GPU's name, or the processor's and the threads used."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{processor()}, {torch.get_num_threads()} thread(s)"
+
+
+def processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

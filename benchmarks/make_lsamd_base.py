@@ -1,0 +1,114 @@
+"""Make model_cards/lsamd-base: LSAMD on the DeiT-Tiny ancestor and five data sets, then the width transform.
+
+    python benchmarks/make_lsamd_base.py --data DIR --ancestor deit_tiny.safetensors
+
+DIR holds one folder per data set, NAME/train.parquet. The ancestor is a safetensors file of timm's deit_tiny_patch16_224.
+Writes the artefact, its row of registry.yaml and the card. The settings stand in benchmarks/lsamd_base.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from learngene_hub import Learngene, extract, load_images
+from learngene_hub.card import card_text
+from learngene_hub.data import Images
+from learngene_hub.registry import Registry
+from learngene_hub.training import Step, show_progress
+from learngene_hub.widening import Widening, widen
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "lsamd-base"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder of NAME/train.parquet")
+    parser.add_argument("--ancestor", type=Path, required=True, help="safetensors file of deit_tiny_patch16_224")
+    parser.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "lsamd_base.yaml")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / NAME, help="where the stages are kept")
+    parser.add_argument("--machine", default=f"{os.cpu_count()} CPU cores, {torch.get_num_threads()} threads used")
+    args = parser.parse_args()
+    config = yaml.safe_load(args.config.read_text())
+    args.work.mkdir(parents=True, exist_ok=True)
+    searched = args.work / "searched.safetensors"
+    if not searched.exists():
+        searched_learngene(args, config).save(searched)
+    learngene = Learngene.load(searched)
+    if config.get("width"):
+        images = {name: small(args.data / name, config) for name in config["data"]}
+        learngene = widen(learngene, images, Widening(**config["width"]), watch=watched)
+    finished = dataclasses.replace(
+        learngene,
+        tensors={name: tensor.half() for name, tensor in learngene.tensors.items()},
+        settings={**learngene.settings, **config.get("growth", {})},
+    )
+    finished.save_pretrained(ROOT / "model_cards" / NAME)
+    register(finished, config)
+
+
+def searched_learngene(args: argparse.Namespace, config: dict) -> Learngene:
+    """Stage one, in float32."""
+    ancestor = timm.create_model("deit_tiny_patch16_224")
+    ancestor.load_state_dict({name: tensor.float() for name, tensor in load_file(args.ancestor).items()})
+    facts = {
+        "name": "deit_tiny_patch16_224",
+        "license": "Apache-2.0",
+        "source": f"timm names, file sha256 {hashlib.sha256(args.ancestor.read_bytes()).hexdigest()}",
+    }
+    images = {name: load_images(args.data / name, size=config["image_size"]) for name in config["data"]}
+    began = time.perf_counter()
+    learngene = extract("lsamd", ancestor.eval(), images, settings=config["lsamd"], facts=facts, watch=watched)
+    notes = {
+        "command": f"python benchmarks/make_lsamd_base.py --data DIR --ancestor {args.ancestor.name}",
+        "machine": args.machine,
+        "terms": config["data"],
+        "wall_seconds": round(time.perf_counter() - began, 1),
+    }
+    return dataclasses.replace(learngene, provenance={**learngene.provenance, **notes})
+
+
+def small(source: Path, config: dict) -> Images:
+    return load_images(source, size=config["image_size"], limit=config.get("width_images", 1000))
+
+
+def watched(steps: Iterator[Step]) -> Iterator[Step]:
+    """The steps, with a line per tenth of an epoch's end on stdout: a log that survives without a terminal."""
+    for step in show_progress(steps):
+        if step.step % 20 == 0 or step.epoch_done:
+            print(f"step {step.step}/{step.of} loss {step.loss:.3f} {step.seconds:.0f} s", flush=True)
+        yield step
+
+
+def register(learngene: Learngene, config: dict) -> None:
+    """The row of registry.yaml (the only row of this name), and the card."""
+    path = ROOT / "registry.yaml"
+    rows = [row for row in (yaml.safe_load(path.read_text()) or []) if row["name"] != NAME] if path.exists() else []
+    file = ROOT / "model_cards" / NAME / "learngene.safetensors"
+    row = {
+        "name": NAME,
+        "method": learngene.method,
+        "uri": f"model_cards/{NAME}",
+        "sha256": learngene.digest,
+        "bytes": file.stat().st_size,
+        "license": learngene.license,
+        "card": f"model_cards/{NAME}/README.md",
+        "description": config["description"],
+    }
+    path.write_text(yaml.safe_dump([*rows, row], sort_keys=False, width=120))
+    (file.parent / "README.md").write_text(card_text(learngene, Registry.load(path).entries[NAME]))
+
+
+if __name__ == "__main__":
+    main()

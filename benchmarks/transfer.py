@@ -1,0 +1,143 @@
+"""The comparison of record: how fast descendants of a learngene learn data sets that it never saw.
+
+    python benchmarks/transfer.py --data DIR --ancestor FILE.safetensors --learngene lsamd-base
+    python benchmarks/transfer.py --summarise
+
+Every (arm, shape, set, seed) is one run and one row of the CSV (see ``_arms.py``), appended as it finishes. A second call
+skips the rows that are there, and several calls may write into one file. A row that was made from another learngene or
+ancestor is stale and is made again. Jobs go seed by seed, so that a partial run is balanced. What comes out of the rows is
+``_summary.py``'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import fcntl
+import io
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import torch
+
+from _arms import ARMS, RATES, Job, Row, Sources, measure
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = "4x128,6x192,12x192,16x192,6x256,12x256,7x320,12x384"
+SETS = "signdigits,trashnet,dtd10"
+FIELDS = tuple(field.name for field in dataclasses.fields(Row))
+TYPES = {"seed": int, "params": int, "epoch_1": float, "epoch_2": float, "epoch_3": float, "seconds": float}
+
+
+def jobs(
+    arms: Iterable[str], shapes: Sequence[str], sets: Sequence[str], seeds: Iterable[int], precision: str
+) -> list[Job]:
+    """Every cell, the seed in the outermost place."""
+    arms = list(arms)
+    return [
+        Job(arm=arm, shape=shape, set=data, seed=seed, precision=precision)
+        for seed in seeds
+        for shape in shapes
+        for data in sets
+        for arm in arms
+    ]
+
+
+def missing(wanted: Iterable[Job], rows: Iterable[Row], digests: dict[str, str]) -> list[Job]:
+    """The jobs without a row made from what their arm inherits from now (arm -> digest)."""
+    done = {row.job for row in rows if row.digest == digests.get(row.arm)}
+    return [job for job in wanted if job not in done]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of the CSV, in its order; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [Row(**{name: TYPES.get(name, str)(line[name]) for name in FIELDS}) for line in csv.DictReader(file)]
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Add one row (and the header to a new file) in a single write, under a lock."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        if os.fstat(file.fileno()).st_size == 0:
+            writer.writerow(FIELDS)
+        writer.writerow([getattr(row, name) for name in FIELDS])
+        file.write(text.getvalue().encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def run(todo: Sequence[Job], sources: Sources, out: Path, workers: int) -> int:
+    """Run the jobs in ``workers`` processes of one thread each; returns how many failed."""
+    failed = 0
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures = {pool.submit(measure, job, sources): job for job in todo}
+        try:
+            for count, future in enumerate(as_completed(futures), start=1):
+                job = futures[future]
+                what = f"{count}/{len(todo)} {job.arm} {job.shape} {job.set} seed {job.seed}"
+                if (error := future.exception()) is not None:
+                    failed += 1
+                    print(f"{what}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                    continue
+                row = future.result()
+                append_row(out, row)
+                print(f"{what}: {row.epoch_1:.1f} {row.epoch_2:.1f} {row.epoch_3:.1f} in {row.seconds:.0f} s", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return failed
+
+
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="folder with one folder of parquet files (train, test) per data set")
+    parser.add_argument("--sets", default=SETS, help=f"default: {SETS}")
+    parser.add_argument("--shapes", default=SHAPES, help=f"DEPTHxWIDTH, default: {SHAPES}")
+    parser.add_argument("--arms", default=",".join(ARMS), help=f"default: {','.join(ARMS)}")
+    parser.add_argument("--seeds", default="0,1,2", help="default: 0,1,2")
+    parser.add_argument("--ancestor", help="safetensors file of timm's deit_tiny_patch16_224, for the arm rows")
+    parser.add_argument("--learngene", help="path or name, for the arms lsamd-base and base-even")
+    parser.add_argument("--precision", default="bf16", choices=("fp32", "bf16"), help="default: bf16")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each; default: 2")
+    parser.add_argument("--device", default="cpu", help="default: cpu")
+    parser.add_argument("--out", type=Path, default=RESULTS / "transfer.csv")
+    parser.add_argument("--summarise", action="store_true", help="only summarise the rows of --out, beside it")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing, or summarise what is there."""
+    args = arguments(argv)
+    if args.summarise:
+        from _summary import write_summary
+
+        print(write_summary(read_rows(args.out), args.out.with_suffix("")))
+        return 0
+    arms = args.arms.split(",")
+    if unknown := set(arms) - RATES.keys():
+        raise SystemExit(f"no arm {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+    if args.data is None:
+        raise SystemExit("--data is missing: the folder with one folder per data set")
+    sources = Sources(data=args.data, ancestor=args.ancestor, learngene=args.learngene, device=args.device)
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    wanted = jobs(arms, args.shapes.split(","), args.sets.split(","), seeds, args.precision)
+    todo = missing(wanted, read_rows(args.out), {arm: sources.digest(arm) for arm in arms})
+    print(f"{len(wanted)} runs, {len(wanted) - len(todo)} there already", flush=True)
+    return 1 if run(todo, sources, args.out, args.workers) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

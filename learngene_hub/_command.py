@@ -1,0 +1,180 @@
+"""What all commands share: the options, the one place where an error becomes a line, and questions.
+
+Exit status: 0 done, 1 refused (one line on stderr that names the next command; with LEARNGENE_DEBUG=1 the traceback
+instead), 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from learngene_hub import errors
+from learngene_hub._output import Format, Output, may_color
+
+NEXT: Mapping[type, str] = {  # error -> the command that helps; the nearest class counts
+    errors.LearngeneError: "learngene --help",
+    errors.ShapeError: "learngene show NAME",
+    errors.SettingsError: "learngene methods",
+    errors.ArtefactError: "learngene verify",
+    errors.RegistryError: "learngene list",
+    errors.StoreError: "learngene list",
+    errors.DataError: "learngene {command} --help",
+    errors.TrainingError: "learngene {command} --resume with a lower --lr",
+}
+
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A registry name, a path, or ORG/REPO[@REVISION].")]
+DepthOption = Annotated[int | None, typer.Option("--depth", help="Blocks; native where left out.")]
+WidthOption = Annotated[int | None, typer.Option("--width", help="Numbers per token; native where left out.")]
+HeadsOption = Annotated[int | None, typer.Option("--heads", help="Attention heads; width / head_dim where left out.")]
+LabelsOption = Annotated[int | None, typer.Option("--num-labels", help="Classes of the fresh head.")]
+ImageSizeOption = Annotated[int | None, typer.Option("--image-size", help="Side in pixels; native where left out.")]
+ChannelsOption = Annotated[int, typer.Option("--in-chans", help="Channels of an image.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
+DataOption = Annotated[
+    str, typer.Option("--data", help="A sample (signdigits), parquet or image folder, or Hub data set.")
+]
+DeviceOption = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps; the best one where left out.")
+]
+PrecisionOption = Annotated[str, typer.Option("--precision", help="fp32, bf16 or fp16.")]
+LimitOption = Annotated[
+    int | None, typer.Option("--limit", help="Use this many images of each split, drawn at random.")
+]
+SkipOption = Annotated[bool, typer.Option("--skip-unreadable", help="Leave out images that can't be decoded.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Write over what is there, without asking.")]
+
+FormatOption = Annotated[Format, typer.Option("--format", help="How to print the result; auto is human.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Short for --format quiet: identifiers only.")]
+NoColorOption = Annotated[bool, typer.Option("--no-color", help="No colour; NO_COLOR=1 does the same.")]
+
+
+def chosen_output(
+    format: FormatOption = Format.auto,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+    no_color: NoColorOption = False,
+) -> Output:
+    """The sink that these options ask for.
+
+    Raises:
+        typer.BadParameter: two of them contradict each other.
+    """
+    asked = {kind for kind, on in ((Format.json, json), (Format.quiet, quiet)) if on} | {format} - {Format.auto}
+    if len(asked) > 1:
+        raise typer.BadParameter(
+            f"{' and '.join(sorted(asked))} contradict each other; choose one", param_hint="--format"
+        )
+    return Output(format=asked.pop() if asked else Format.auto, color=may_color(refused=no_color))
+
+
+def verb(run: Callable[..., None]) -> Callable[..., None]:
+    """``run(out, ...)`` as a command: its own options, then those of ``chosen_output``, from which ``out`` is made.
+
+    Typer reads a command's options from its signature, so the signature that it is shown is the sum of the two.
+    """
+    own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
+    shared = list(inspect.signature(chosen_output, eval_str=True).parameters.values())
+    both = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in [*own, *shared]]
+
+    @functools.wraps(run)
+    def command(**given: Any) -> None:
+        out = chosen_output(**{parameter.name: given.pop(parameter.name) for parameter in shared})
+        call(functools.partial(run, out, **given), out, run.__name__.rstrip("_"))
+
+    del command.__wrapped__
+    command.__signature__ = inspect.Signature(both)  # pyright: ignore[reportAttributeAccessIssue]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in both}
+    return command
+
+
+def call(run: Callable[[], None], out: Output, command: str) -> None:
+    """Runs a command; whatever it raises becomes one line on stderr and an exit status."""
+    debug = os.environ.get("LEARNGENE_DEBUG") == "1"
+    if not out.interactive:  # the libraries below read these when they are imported, which is later
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        run()
+    except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+        raise
+    except KeyboardInterrupt:
+        out.error("interrupted; nothing half-written is left (next: the same command; finetune goes on with --resume)")
+        raise typer.Exit(130) from None
+    except errors.LearngeneError as error:
+        if debug:
+            raise
+        fits = next(NEXT[kind] for kind in type(error).__mro__ if kind in NEXT)
+        out.error(f"{error} (next: {fits.format(command=command)})")
+        raise typer.Exit(1) from None
+    except Exception as error:  # the last line of defence: a bug, or a machine that is out of memory or disk
+        if debug:
+            raise
+        out.error(f"{type(error).__name__}: {error} (next: the same command with LEARNGENE_DEBUG=1 shows where)")
+        raise typer.Exit(1) from None
+
+
+def require_new(out: Output, path: Path, *, yes: bool) -> None:
+    """Makes sure that ``path`` may be written: it is new, an empty folder, or the user agrees.
+
+    Raises:
+        StoreError: it is there, and nobody can be asked.
+    """
+    there = path.is_file() or (path.is_dir() and any(path.iterdir()))
+    if not there or yes:
+        return
+    if not out.interactive:
+        raise errors.StoreError(f"{path} is there already; --yes writes over it, another name keeps it")
+    typer.confirm(f"{path} is there already. Write over it?", abort=True, err=True)
+
+
+def read_settings(config: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
+    """A method's settings from a file (JSON or YAML), then from KEY=VALUE pairs (VALUE in JSON, else text).
+
+    Raises:
+        SettingsError: the file or a pair cannot be read.
+    """
+    settings = _read_config(config) if config else {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise errors.SettingsError(f"--set {pair} asked; it is KEY=VALUE, such as --set epochs=10")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+    return settings
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise errors.SettingsError(f"--config {path} asked; {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise errors.SettingsError(f"--config {path} is not {path.suffix or 'YAML'}: {error}") from error
+    if not isinstance(settings, dict):
+        raise errors.SettingsError(
+            f"--config {path} holds a {type(settings).__name__}; a mapping of settings would work"
+        )
+    return {str(key): _number(value) for key, value in settings.items()}
+
+
+def _number(value: Any) -> Any:
+    """YAML takes 1e-4 for text; people mean the number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

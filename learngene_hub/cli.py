@@ -1,0 +1,322 @@
+"""The command line: one command per verb, each a thin call of the library.
+
+Conventions (those of `hf`): data goes to stdout in the form of --format, everything else to stderr. Heavy imports stand
+inside the commands, so that --help and ``list`` answer at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from learngene_hub import _workshop, errors
+from learngene_hub._command import (
+    ChannelsOption,
+    DepthOption,
+    DtypeOption,
+    HeadsOption,
+    ImageSizeOption,
+    LabelsOption,
+    NameArgument,
+    SeedOption,
+    WidthOption,
+    YesOption,
+    require_new,
+    verb,
+)
+from learngene_hub._output import Output
+from learngene_hub._version import __version__
+
+if TYPE_CHECKING:
+    from learngene_hub.registry import Entry
+    from learngene_hub.shape import ViTShape
+
+app = typer.Typer(
+    name="learngene",
+    help="Grow pre-trained vision transformers of any depth and width from small files called learngenes.",
+    epilog="Start with `learngene list`, then `learngene show lsamd-base --depth 12 --width 384`.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: instant, and the same when piped
+    pretty_exceptions_enable=False,
+)
+
+NUMBER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"learngene {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("ls", hidden=True)
+@app.command("list")
+@verb
+def list_(out: Output) -> None:
+    """The learngenes there are, and what each grows to.
+
+    \b
+    learngene list
+    learngene list --json | jq '.[].name'
+    learngene list -q
+    """
+    from learngene_hub.hub import list_learngenes
+
+    rows = [_row(entry) for entry in list_learngenes()]
+    out.rows(rows, key="name", columns=["name", "method", "ancestor", "reach", "bytes", "license", "description"])
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    """A registry entry, with ancestor and reach from the artefact's header where the file is on this machine."""
+    from learngene_hub.hub import FolderStore
+    from learngene_hub.learngene import read_facts
+
+    facts = None if entry.is_remote else read_facts(FolderStore(root=entry.root).read(entry.uri))
+    return {
+        "name": entry.name,
+        "method": entry.method,
+        "ancestor": facts.ancestor["name"] if facts else None,
+        "reach": str(facts.reach) if facts else None,
+        "bytes": entry.bytes,
+        "license": entry.license,
+        "description": entry.description,
+        "uri": entry.uri,
+        "sha256": entry.sha256,
+    }
+
+
+@app.command()
+@verb
+def show(
+    out: Output,
+    name: NameArgument,
+    depth: DepthOption = None,
+    width: WidthOption = None,
+    heads: HeadsOption = None,
+    num_labels: LabelsOption = None,
+    image_size: ImageSizeOption = None,
+    in_chans: ChannelsOption = 3,
+    dtype: DtypeOption = "float32",
+) -> None:
+    """A learngene, and the cost of a descendant, before growing.
+
+    \b
+    learngene show lsamd-base
+    learngene show lsamd-base --depth 12 --width 384 --num-labels 10 --json
+    """
+    from learngene_hub.factory import plan
+    from learngene_hub.hub import pull
+
+    learngene = pull(name)
+    shape = plan(
+        learngene,
+        depth=depth,
+        width=width,
+        heads=heads,
+        num_labels=num_labels,
+        image_size=image_size,
+        in_chans=in_chans,
+    )
+    facts = {
+        "name": name,
+        "method": learngene.method,
+        "ancestor": learngene.ancestor["name"],
+        "license": learngene.license,
+        "native": str(learngene.shape),
+        "reach": str(learngene.reach),
+        "params": learngene.params,
+        "bytes": learngene.nbytes,
+        "sha256": learngene.digest,
+        "descendant": _cost(shape, dtype),
+    }
+    out.facts(facts, key="sha256")
+
+
+def _cost(shape: ViTShape, dtype: str) -> dict[str, Any]:
+    """What a descendant of ``shape`` is and takes, from closed formulas."""
+    if dtype not in NUMBER_BYTES:
+        raise errors.SettingsError(f"dtype {dtype!r} asked; there are {', '.join(NUMBER_BYTES)}")
+    return {
+        "depth": shape.depth,
+        "width": shape.width,
+        "heads": shape.heads,
+        "image_size": shape.image_size,
+        "num_labels": shape.classes,
+        "params": shape.params(),
+        "flops": shape.flops(),
+        "bytes": shape.bytes(NUMBER_BYTES[dtype]),
+    }
+
+
+@app.command()
+@verb
+def methods(
+    out: Output,
+    name: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="Show the settings of this one.")] = None,
+) -> None:
+    """The methods that make learngenes, or one's settings.
+
+    \b
+    learngene methods
+    learngene methods lsamd
+    """
+    from learngene_hub.methods import METHODS, get_method
+
+    if name is None:
+        rows = [
+            {"name": key, "paper": METHODS[key].paper, "summary": _summary(METHODS[key])} for key in sorted(METHODS)
+        ]
+        out.rows(rows, key="name", columns=["name", "paper", "summary"])
+        return
+    method: Any = get_method(name)
+    rows = [
+        {"setting": field.name, "default": getattr(method, field.name), "type": field.type} for field in fields(method)
+    ]
+    out.rows(rows, key="setting", columns=["setting", "default", "type"])
+
+
+def _summary(method: type) -> str:
+    """What a method is, in one line: the first of its file's docstring."""
+    lines = (sys.modules[method.__module__].__doc__ or method.__doc__ or "").strip().splitlines()
+    return lines[0] if lines else ""
+
+
+@app.command()
+@verb
+def expand(
+    out: Output,
+    name: NameArgument,
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write the descendant to.")],
+    depth: DepthOption = None,
+    width: WidthOption = None,
+    heads: HeadsOption = None,
+    num_labels: LabelsOption = None,
+    image_size: ImageSizeOption = None,
+    in_chans: ChannelsOption = 3,
+    dtype: DtypeOption = "float32",
+    seed: SeedOption = 0,
+    max_params: Annotated[int | None, typer.Option("--max-params", help="Refuse to grow more parameters.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
+    yes: YesOption = False,
+) -> None:
+    """Grow a descendant into a folder.
+
+    Plain transformers and plain timm load it, on machines that have never heard of learngenes.
+
+    \b
+    learngene expand lsamd-base grown --depth 12 --width 384 --num-labels 10
+    learngene expand lsamd-base grown --depth 7 --width 320 --image-size 64 --dry-run
+    """
+    from learngene_hub import factory
+    from learngene_hub.hub import pull
+
+    shape = factory.plan(
+        pull(name),
+        depth=depth,
+        width=width,
+        heads=heads,
+        num_labels=num_labels,
+        image_size=image_size,
+        in_chans=in_chans,
+        max_params=factory.MAX_PARAMS if max_params is None else max_params,
+    )
+    facts = {"path": str(folder), "learngene": name, "written": not dry_run} | _cost(shape, dtype)
+    if not dry_run:
+        require_new(out, folder, yes=yes)
+        facts["seconds"] = _grow(name, folder, shape, dtype, seed)
+    out.facts(facts, key="path")
+    out.note(
+        f"Next: learngene {'expand, without --dry-run' if dry_run else f'finetune {folder} --data SOURCE --out DIR'}"
+    )
+
+
+def _grow(name: str, folder: Path, shape: ViTShape, dtype: str, seed: int) -> float:
+    """Seconds that growing and saving took."""
+    import torch
+
+    from learngene_hub.descendant import Descendant
+
+    began = time.perf_counter()
+    model = Descendant.from_learngene(
+        name,
+        depth=shape.depth,
+        width=shape.width,
+        heads=shape.heads,
+        num_labels=shape.classes or None,
+        image_size=shape.image_size,
+        in_chans=shape.in_chans,
+        dtype=getattr(torch, dtype),
+        seed=seed,
+    )
+    model.save_pretrained(folder)
+    return time.perf_counter() - began
+
+
+app.command()(verb(_workshop.extract))
+app.command()(verb(_workshop.finetune))
+app.command()(verb(_workshop.evaluate))
+
+
+@app.command()
+@verb
+def verify(
+    out: Output,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Names or paths; all bundled if none.")
+    ] = None,
+) -> None:
+    """Check that learngenes are whole; exit status 1 if not.
+
+    That is format, sha256 and finite values, of all bundled ones where none is named.
+
+    \b
+    learngene verify
+    learngene verify lsamd-base my-learngene/learngene.safetensors
+    """
+    from learngene_hub.hub import list_learngenes
+
+    rows = [_verdict(out, name) for name in names or [e.name for e in list_learngenes() if not e.is_remote]]
+    out.rows(rows, key="name", columns=["name", "ok", "bytes", "sha256", "path"])
+    if not all(row["ok"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _verdict(out: Output, name: str) -> dict[str, Any]:
+    """The row of one learngene; what is wrong with it goes to stderr."""
+    from learngene_hub.hub import locate
+    from learngene_hub.learngene import Learngene
+
+    row: dict[str, Any] = {"name": name, "ok": False, "bytes": None, "sha256": None, "path": None, "problem": None}
+    try:
+        located = locate(name)
+        row["path"], row["bytes"] = str(located.path), located.path.stat().st_size
+        row["sha256"] = Learngene.load(located.path, sha256=located.sha256).digest
+        row["ok"] = True
+    except errors.LearngeneError as error:
+        row["problem"] = str(error)
+        out.error(f"{name}: {error} (next: learngene list)")
+    return row
+
+
+def main() -> None:
+    """The entry point of the command ``learngene``."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

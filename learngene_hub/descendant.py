@@ -1,0 +1,343 @@
+"""Descendant: a plain timm ViT grown from a learngene, as a ``transformers`` model; the only importer of transformers.
+
+What it saves is timm's own layout, so the folder needs no learngene_hub to be read again:
+
+- ``config.json``: ``architecture``, ``model_args``, ``pretrained_cfg``, ``num_classes`` and ``label_names`` as timm has
+  them; the few keys of transformers; and ``learngene``, where it came from, which both pass over;
+- ``model.safetensors``: timm's weight names, without prefix.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
+from transformers.models.timm_wrapper import (
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
+)
+
+from learngene_hub._version import __version__
+from learngene_hub.errors import SettingsError, ShapeError, StoreError
+from learngene_hub.factory import expand, plan
+from learngene_hub.learngene import Learngene
+from learngene_hub.shape import ARCHITECTURE, Preprocessing, ViTShape
+
+_ALIGNMENT = 64  # bytes, as torch allocates
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+_PLAIN_CLASS = "TimmWrapperForImageClassification"  # what reads the folder where learngene_hub is not installed
+
+
+class DescendantConfig(TimmWrapperConfig):
+    """timm's facts about a descendant, and the learngene it came from."""
+
+    learngene: dict[str, Any] | None = None  # name, digest, method, native shape, library version
+
+
+class Descendant(TimmWrapperForImageClassification):
+    """An image classifier around a plain timm ViT, ``timm_model``; made by ``from_learngene`` or ``from_pretrained``.
+
+    Takes ``pixel_values`` (images, channels, side, side) and, for a loss, ``labels`` (images,); gives ``logits``
+    (images, classes). Works wherever transformers does: Trainer, pipeline, gradient checkpointing.
+    """
+
+    config_class = DescendantConfig
+    config: DescendantConfig
+
+    def __init__(self, config: DescendantConfig, timm_model: nn.Module | None = None) -> None:
+        """Around ``timm_model``, neither copied nor initialised, or around a new one that ``config`` describes."""
+        if timm_model is None:
+            super().__init__(config)
+        else:
+            super(TimmWrapperForImageClassification, self).__init__(config)  # past the parent's own building
+            self.timm_model = timm_model
+            self.num_labels = config.num_labels
+            with torch.device("meta"):  # where transformers initialises nothing: the weights are there already
+                self.post_init()
+        self.loss_type = "ForImageClassification"  # transformers would read it off the name of the class
+
+    @classmethod
+    def from_learngene(
+        cls,
+        name_or_path_or_uri: str | os.PathLike[str],
+        *,
+        depth: int | None = None,
+        width: int | None = None,
+        heads: int | None = None,
+        num_labels: int | None = None,
+        id2label: Mapping[int, str] | None = None,
+        image_size: int | None = None,
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        seed: int = 0,
+        revision: str | None = None,
+    ) -> Descendant:
+        """The ViT of these sizes grown from a learngene; a size left out is the native one.
+
+        Args:
+            name_or_path_or_uri: a name of the registry, a file or folder, or ``org/repo``.
+            id2label: class number -> name, for every class; ``num_labels`` may then be left out.
+            drop_path_rate: of the last block in training; it rises linearly from 0 over the blocks.
+            dtype: of the weights, float32 where left out.
+            seed: of what the learngene does not hold, the head; the global random state is neither used nor changed.
+            revision: of a Hub repository.
+
+        Raises:
+            ShapeError: no such ViT, one outside the learngene's reach, or labels that contradict each other.
+            SettingsError: a dtype or device that cannot be used.
+            RegistryError, StoreError, ArtefactError: no such learngene, or one that cannot be read.
+        """
+        place, number = _device(device), _dtype(dtype)
+        classes = _num_labels(num_labels, id2label)
+        learngene = Learngene.from_pretrained(name_or_path_or_uri, revision=revision)
+        if classes is None and learngene.shape.classes == 0:
+            raise ShapeError(
+                "num_labels is left out; this learngene has no classes of its own: num_labels=10 would work"
+            )
+        model = expand(
+            learngene, depth=depth, width=width, heads=heads, num_labels=classes, image_size=image_size,
+            in_chans=in_chans, drop_path_rate=drop_path_rate, dtype=number, device=place, seed=seed,
+        )  # fmt: skip
+        shape = plan(
+            learngene, depth=depth, width=width, heads=heads, num_labels=classes, image_size=image_size,
+            in_chans=in_chans,
+        )  # fmt: skip
+        return wrap(
+            model,
+            shape=shape,
+            preprocessing=learngene.preprocessing,
+            num_labels=classes,
+            id2label=id2label,
+            provenance={
+                "name": _name(name_or_path_or_uri),
+                "digest": learngene.digest,
+                "method": learngene.method,
+                "shape": learngene.shape.to_dict(),
+                "version": __version__,
+            },
+        )
+
+    def image_processor(self) -> TimmWrapperImageProcessor:
+        """What turns images into ``pixel_values``: a ``pipeline`` around this object, not yet a folder, asks for it."""
+        facts = self._facts()
+        return TimmWrapperImageProcessor(facts["pretrained_cfg"], architecture=facts["architecture"])
+
+    def save_pretrained(  # type: ignore[override]  # what the parent takes beyond this has no place in timm's layout
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+    ) -> None:
+        """Write the folder described above; a new folder appears whole or not at all, in an old one file by file.
+
+        Args:
+            is_main_process: False writes nothing; for all processes but one of a distributed run.
+            state_dict: written in place of the model's own, under the same names.
+            push_to_hub: refused; the method ``push_to_hub`` does it.
+            max_shard_size: of no effect; timm reads one file, so there is one. transformers passes it.
+
+        Raises:
+            SettingsError: push_to_hub is asked, or a state_dict with other names than the model's.
+            StoreError: the folder cannot be written; nothing half-written is left.
+        """
+        del max_shard_size
+        if push_to_hub:
+            raise SettingsError(
+                "push_to_hub=True asked; save_pretrained writes a folder: model.push_to_hub(...) does that"
+            )
+        if not is_main_process:
+            return
+        own = _plain_names(self.state_dict())
+        state = own if state_dict is None else _plain_names(state_dict)
+        if odd := sorted(own.keys() ^ state.keys()):
+            raise SettingsError(
+                f"a state_dict with other names given, {odd[0]} for one; the model's own names would work"
+            )
+        folder = Path(os.path.abspath(save_directory))
+        new = not folder.exists()
+        staged = (folder.parent if new else folder) / f".{folder.name}-{uuid.uuid4().hex}"
+        try:
+            staged.mkdir(parents=True)
+            write_weights(state, staged / "model.safetensors")
+            (staged / "config.json").write_text(json.dumps(self._facts(), indent=2, sort_keys=True) + "\n")
+            _publish(staged, folder, whole=new)
+        except OSError as error:
+            why = error.strerror or error
+            raise StoreError(
+                f"{folder} could not be written: {why}; a folder of your own, with space, would work"
+            ) from error
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+    def _facts(self) -> dict[str, Any]:
+        """The content of config.json. The sizes are read off the model, which may have changed since it was made."""
+        facts = json.loads(self.config.to_json_string())
+        if facts.get("learngene") is None:
+            facts.pop("learngene", None)
+        facts["architectures"] = [_PLAIN_CLASS]
+        facts["dtype"] = str(self.dtype).removeprefix("torch.")
+        try:
+            shape = ViTShape.of(self.timm_model)
+        except ShapeError:
+            return facts  # compiled, or no plain ViT: what its config says
+        names = facts["label_names"]
+        if len(names) != shape.classes:
+            names = [f"LABEL_{i}" for i in range(shape.classes)]
+        return facts | _timm_facts(self.timm_model, shape, names, facts["pretrained_cfg"])
+
+
+AutoModelForImageClassification.register(DescendantConfig, Descendant, exist_ok=True)  # pipeline knows its models by it
+
+
+def wrap(
+    timm_model: nn.Module,
+    *,
+    preprocessing: Preprocessing,
+    shape: ViTShape | None = None,
+    num_labels: int | None = None,
+    id2label: Mapping[int, str] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> Descendant:
+    """A Descendant around a plain timm ViT: the same module, nothing copied, nothing initialised; in eval mode.
+
+    Args:
+        shape: of the model, where it is known; else it is read off the model.
+        provenance: JSON facts about the learngene it came from, kept under ``learngene`` in its config.
+
+    Raises:
+        ShapeError: no plain ViT, one without a head, or labels that contradict each other or its head.
+    """
+    shape = ViTShape.of(timm_model) if shape is None else shape
+    classes = _num_labels(num_labels, id2label)
+    if shape.classes == 0:
+        raise ShapeError("a ViT without a head given; a Descendant classifies: one of at least 1 class would work")
+    if classes is not None and classes != shape.classes:
+        raise ShapeError(
+            f"{classes} labels asked; the head has {shape.classes} outputs: {shape.classes} labels would work"
+        )
+    named = {int(number): name for number, name in (id2label or {}).items()}
+    names = [named.get(i, f"LABEL_{i}") for i in range(shape.classes)]
+    facts = _timm_facts(timm_model, shape, names, shape.pretrained_cfg(preprocessing))
+    config = DescendantConfig.from_dict({**facts, "learngene": dict(provenance) if provenance else None})
+    model = Descendant(config, timm_model).eval()
+    config.dtype = model.dtype
+    return model
+
+
+def _timm_facts(
+    model: nn.Module, shape: ViTShape, names: list[str], pretrained_cfg: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What timm writes into config.json beside a model of this shape."""
+    drop_path = getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0)  # type: ignore[index, union-attr]
+    size = [shape.in_chans, shape.image_size, shape.image_size]
+    return {
+        "architecture": ARCHITECTURE,
+        "num_classes": shape.classes,
+        "num_features": shape.width,
+        "global_pool": shape.pool,
+        "label_names": names,
+        "model_args": shape.model_args() | ({"drop_path_rate": drop_path} if drop_path else {}),
+        "pretrained_cfg": {**pretrained_cfg, "num_classes": shape.classes, "input_size": size},
+    }
+
+
+def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file in which every matrix stands at a multiple of 64 bytes.
+
+    transformers computes on the mapped file itself. Where its matrices are not aligned as freshly allocated ones are,
+    the processor's kernels add in another order, and the logits differ from the saved model's in the last bit.
+
+    Raises:
+        SettingsError: a tensor that is no floating-point number of 16, 32 or 64 bits.
+    """
+    if odd := sorted(name for name in state if state[name].dtype not in _SAFETENSORS_DTYPES):
+        raise SettingsError(f"{odd[0]} is {state[odd[0]].dtype}; model.to(torch.float32) can be saved")
+    ordered = sorted(state, key=lambda name: (state[name].nbytes % _ALIGNMENT != 0, name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in ordered:
+        begin, end = end, end + state[name].nbytes
+        dtype = _SAFETENSORS_DTYPES[state[name].dtype]
+        header[name] = {"dtype": dtype, "shape": list(state[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            file.write(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _publish(staged: Path, folder: Path, *, whole: bool) -> None:
+    """Move what is staged into place, after it has reached the disk; the config last, since a reader begins with it."""
+    files = sorted(staged.iterdir(), key=lambda path: path.name == "config.json")
+    for path in files:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    if whole:
+        staged.rename(folder)
+        return
+    for path in files:
+        path.replace(folder / path.name)
+
+
+def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state under timm's names: without the wrapper's prefix, nor that of a compiled module."""
+    return {name.removeprefix("timm_model.").replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
+
+
+def _num_labels(num_labels: int | None, id2label: Mapping[int, str] | None) -> int | None:
+    """The number of classes that was asked, None where it was left open.
+
+    Raises:
+        ShapeError: no number of classes, names that are not one per class, or more or fewer names than classes.
+    """
+    if num_labels is not None and (isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1):
+        raise ShapeError(f"num_labels {num_labels!r} asked; a classifier has a whole number of at least 1")
+    if id2label is None:
+        return num_labels
+    if not isinstance(id2label, Mapping) or not id2label or not all(isinstance(n, str) for n in id2label.values()):
+        raise ShapeError(f"id2label {id2label!r} asked; it maps each class number to a name, as {{0: 'cat', 1: 'dog'}}")
+    count = len(id2label)
+    if num_labels is not None and num_labels != count:
+        raise ShapeError(
+            f"num_labels {num_labels} asked, id2label names {count} classes; leave num_labels out, or name all"
+        )
+    if {str(number) for number in id2label} != {str(i) for i in range(count)}:
+        raise ShapeError(
+            f"id2label numbers {', '.join(map(str, id2label))} asked; {count} classes are numbered 0 to {count - 1}"
+        )
+    return count
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    names = {str(known).removeprefix("torch."): known for known in _SAFETENSORS_DTYPES}
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and name not in names:
+        raise SettingsError(f"dtype {name} asked; there are {', '.join(names)}")
+    return None if dtype is None else names[name]
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    try:
+        return None if device is None else torch.device(device)
+    except RuntimeError as error:
+        raise SettingsError(f"device {device!r} asked; cpu or cuda would work") from error
+
+
+def _name(name_or_path_or_uri: str | os.PathLike[str]) -> str:
+    """What is kept of it: a name or uri whole, of a path on this machine the last part."""
+    path = Path(name_or_path_or_uri)
+    return path.name if path.exists() else str(name_or_path_or_uri)

@@ -1,0 +1,39 @@
+"""What a method is: the protocol that every file of this folder fulfils."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from learngene_hub.data import Images
+from learngene_hub.learngene import Learngene
+from learngene_hub.shape import Preprocessing, ViTShape
+
+
+@runtime_checkable
+class Method(Protocol):
+    """One published method: a frozen dataclass whose fields are its settings.
+
+    ``expand`` is pure and differentiable: it maps the learngene's tensors to the state dict of the timm model of
+    ``shape``, and ``None`` marks what stays at its fresh initialisation. It returns every key of that model.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    groups: ClassVar[frozenset[str]]
+
+    def extract(
+        self, ancestor: nn.Module, data: Mapping[str, Images], *, facts: Mapping[str, Any], preprocessing: Preprocessing
+    ) -> Learngene:
+        """The learngene of ``ancestor`` (a timm ViT), found with the images of ``data`` (name -> images)."""
+        ...
+
+    def expand(self, learngene: Learngene, shape: ViTShape) -> dict[str, Tensor | None]:
+        """Every parameter of a ViT of ``shape``; None marks what stays fresh."""
+        ...
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]], native: ViTShape) -> None:
+        """Refuse tensors that a learngene of this method and native shape cannot hold (ArtefactError)."""
+        ...

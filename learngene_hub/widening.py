@@ -1,0 +1,260 @@
+"""The second stage of extraction: learn what the width transform adds to whole-unit copies.
+
+Every width starts from ``transforms.Resize``: copies above the native width, the units with the highest scores below it.
+On top of that this stage learns, by distillation from the learngene's own native model through ``expand`` itself:
+
+- below the native width, rows A (N, D) of the residual stream, x' = A x, of which a narrower width takes the leading ones
+  (LeTs' nested rows, arXiv NeurIPS 2024, read downwards), so that every narrower stream is a part of a wider one;
+- for chosen widths, the gains and biases of every LayerNorm, the one place where a resized ViT is not the native one.
+
+The loss is the mean squared error between the native model's last features and those of the resized one, brought back to
+D channels (below: by A's pseudo-inverse; above: each copy is compared with its original), over random depths.
+
+Source: our design, after LeTs (Xia et al., NeurIPS 2024) and LiGO (Wang et al., ICLR 2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from learngene_hub import transforms
+from learngene_hub.data import Augment, Images, normalise, seed_of
+from learngene_hub.errors import SettingsError
+from learngene_hub.learngene import Learngene
+from learngene_hub.methods import Method, get_method
+from learngene_hub.shape import ViTShape
+from learngene_hub.training import Recipe, Step, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Widening:
+    """The settings of the width stage."""
+
+    widths: tuple[int, ...] = ()  # the widths whose norms are learned
+    rows: int = 0  # learned rows below the native width; 0: whole channels
+    score_images: int = 512  # images on which scores are measured
+    epochs: int = 1
+    steps_per_epoch: int = 200  # updates; one width per update, in turn
+    batch_size: int = 64
+    lr: float = 1e-3  # of gains and biases
+    rows_lr: float = 3e-3
+    shallow: float = 0.5  # share of the updates at a random smaller depth
+    flip: bool = True
+    crop_padding: int = 4
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+        if self.rows < 0 or self.score_images < 1 or not 0 <= self.shallow <= 1:
+            raise SettingsError("rows asked below 0, score_images below 1 or shallow outside 0 to 1")
+
+
+def widen(
+    learngene: Learngene,
+    data: Mapping[str, Images],
+    settings: Widening,
+    *,
+    watch: Callable[[Iterator[Step]], Iterator[Step]] = iter,
+) -> Learngene:
+    """``learngene`` with the tensors of its width transform: scores measured on ``data``, rows and norms learned on it.
+
+    Raises:
+        SettingsError: a width that is not a multiple of head_dim, or is the native one, which nothing may change.
+    """
+    native = learngene.shape
+    for width in settings.widths:
+        if width == native.width or width % native.head_dim or width < 1:
+            raise SettingsError(
+                f"width {width} asked; a learned width is a multiple of {native.head_dim} other than {native.width}"
+            )
+    images = _pooled(data)
+    scores = measure_scores(learngene, images, settings)
+    scored = _with_width(learngene, scores)
+    if not settings.widths:
+        return scored
+    stage = _Stage(scored, images, settings)
+    recipe = Recipe(
+        epochs=settings.epochs, lr=settings.lr, batch_size=settings.batch_size, weight_decay=0.0, schedule="cosine",
+        warmup=0.05, precision=settings.precision, seed=settings.seed,
+    )  # fmt: skip
+    groups = [
+        {"params": list(p), "lr": lr, "weight_decay": 0.0, "name": name}
+        for name, p, lr in (
+            ("rows", [v for k, v in stage.learned.items() if k == "rows"], settings.rows_lr),
+            ("norms", [v for k, v in stage.learned.items() if k != "rows"], settings.lr),
+        )
+        if p
+    ]
+    holder = nn.ParameterList(stage.learned.values())
+    losses: list[float] = []
+    for step in watch(
+        fit(holder, stage.batches, stage.loss, recipe=recipe, steps_per_epoch=settings.steps_per_epoch, groups=groups)
+    ):
+        losses.append(step.loss)
+    grown = _with_width(scored, {name: value.detach().cpu() for name, value in stage.learned.items()})
+    record = {"settings": _plain(settings), "images": len(images), "loss": _by_width(losses, settings.widths)}
+    return replace(grown, provenance={**grown.provenance, "width": record})
+
+
+def _pooled(data: Mapping[str, Images]) -> Images:
+    """All images of all data sets as one set without labels of its own."""
+    pixels = torch.cat([images.pixels for images in data.values()])
+    return Images(pixels, torch.zeros(len(pixels), dtype=torch.int64), ("any",), "+".join(data))
+
+
+def _plain(settings: Widening) -> dict[str, object]:
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(settings).items()}
+
+
+def _by_width(losses: list[float], widths: tuple[int, ...]) -> dict[str, list[float]]:
+    """First and last loss of each width, means over at most 20 updates."""
+    shares = {width: losses[index :: len(widths)] for index, width in enumerate(widths)}
+    return {
+        str(width): [round(sum(part) / len(part), 5) for part in (own[:20], own[-20:])]
+        for width, own in shares.items()
+        if own
+    }
+
+
+def _with_width(learngene: Learngene, tensors: Mapping[str, Tensor]) -> Learngene:
+    named = {f"width.{name}": tensor.contiguous() for name, tensor in tensors.items()}
+    return replace(learngene, tensors={**learngene.tensors, **named})
+
+
+@torch.no_grad()
+def measure_scores(learngene: Learngene, images: Images, settings: Widening) -> dict[str, Tensor]:
+    """How much each unit matters on real images, higher is more.
+
+    Returns ``stream`` (D,): the mean square of the last features of each channel, plus what every norm passes on;
+    ``heads`` (L, H) and ``hidden`` (L, M): the mean square of what each head or hidden unit writes to the stream.
+    Positions without a stored block get zeros.
+    """
+    native = learngene.shape
+    model, positions = _native_model(learngene, images.pixels.shape[-1])
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))[: settings.score_images]
+    x = normalise(images.pixels[chosen], learngene.preprocessing)
+    heads, hidden = torch.zeros(native.depth, native.heads), torch.zeros(native.depth, native.hidden)
+    stream = torch.zeros(native.width)
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=f"{place}.{part}": seen.update({name: args[0]}))
+        for place, block in enumerate(model.blocks)
+        for part, module in (("proj", block.attn.proj), ("fc2", block.mlp.fc2), ("qkv", block.attn.qkv), ("fc1", block.mlp.fc1))
+    ]
+    features = model.forward_features(x)
+    for hook in hooks:
+        hook.remove()
+    for place, position in enumerate(positions):
+        block = model.blocks[place]
+        proj, fc2 = block.attn.proj.weight, block.mlp.fc2.weight
+        for head in range(native.heads):
+            units = slice(head * native.head_dim, (head + 1) * native.head_dim)
+            written = seen[f"{place}.proj"][..., units] @ proj[:, units].T
+            heads[position, head] = written.square().mean()
+        hidden[position] = seen[f"{place}.fc2"].square().mean((0, 1)) * fc2.square().sum(0)
+        for part, reader in (("qkv", block.attn.qkv.weight), ("fc1", block.mlp.fc1.weight)):
+            passed = seen[f"{place}.{part}"].square().mean((0, 1)) * reader.square().sum(0)
+            stream += passed / passed.sum()
+    last = features.square().mean((0, 1))
+    stream += last / last.sum()
+    return {"stream": stream, "heads": heads, "hidden": hidden}
+
+
+def _native_model(learngene: Learngene, size: int) -> tuple[nn.Module, tuple[int, ...]]:
+    """The learngene's own blocks at the native width, without a head, and their positions."""
+    from learngene_hub.factory import expand
+
+    positions = transforms.stored_positions(learngene.tensors)
+    return expand(learngene, depth=len(positions), num_labels=1, image_size=size), positions
+
+
+class _Stage:
+    """The resized model as a function of what is learned, and its distance to the native one."""
+
+    def __init__(self, learngene: Learngene, images: Images, settings: Widening) -> None:
+        self.learngene, self.images, self.settings = learngene, images, settings
+        self.method: Method = get_method(learngene.method, learngene.settings)
+        self.teacher, self.positions = _native_model(learngene, images.pixels.shape[-1])
+        self.teacher.requires_grad_(False)
+        self.augment = Augment(flip=settings.flip, crop_padding=settings.crop_padding)
+        self.learned = self._start()
+
+    def _start(self) -> dict[str, nn.Parameter]:
+        """Rows that choose the best channels, and the norms as they are resized without learning."""
+        native, learned = self.learngene.shape, {}
+        if self.settings.rows:
+            order = torch.sort(self.learngene.tensors["width.stream"], descending=True, stable=True).indices
+            learned["rows"] = nn.Parameter(torch.eye(native.width)[order[: self.settings.rows]])
+        started = _with_width(self.learngene, learned)
+        for width in self.settings.widths:
+            grown = self.method.expand(started, self._shape(width, len(self.positions)))
+            for kind, key in (("gain", "weight"), ("bias", "bias")):
+                table = torch.zeros(2 * native.depth + 1, width)
+                for place, position in enumerate(self.positions):
+                    table[2 * position] = grown[f"blocks.{place}.norm1.{key}"]
+                    table[2 * position + 1] = grown[f"blocks.{place}.norm2.{key}"]
+                table[-1] = grown["norm.weight" if key == "weight" else "norm.bias"]
+                learned[f"{kind}.{width}"] = nn.Parameter(table.detach())
+        return learned
+
+    def _shape(self, width: int, depth: int) -> ViTShape:
+        native = self.learngene.shape
+        heads, size = width // native.head_dim, self.images.pixels.shape[-1]
+        return replace(native, depth=depth, width=width, heads=heads, image_size=size, classes=1)
+
+    def batches(self, epoch: int) -> Iterator[tuple[int, int, Tensor]]:
+        """(width, depth, images) of each update; widths in turn."""
+        settings = self.settings
+        for index in range(settings.steps_per_epoch):
+            step = epoch * settings.steps_per_epoch + index
+            generator = torch.Generator().manual_seed(seed_of("widen", settings.seed, step))
+            rows = torch.randint(len(self.images), (settings.batch_size,), generator=generator)
+            pixels = self.augment(self.images.pixels[rows].float() / 255, generator)
+            shallow = float(torch.rand((), generator=generator)) < settings.shallow
+            full = len(self.positions)
+            depth = int(torch.randint(min(2, full), full + 1, (), generator=generator)) if shallow else full
+            yield settings.widths[step % len(settings.widths)], depth, normalise(pixels, self.learngene.preprocessing)
+
+    def loss(self, _: nn.Module, batch: tuple[int, int, Tensor]) -> Tensor:
+        """Mean squared error of the last features, relative to their own mean square."""
+        width, depth, x = batch
+        native = self.learngene.shape
+        with torch.no_grad():
+            wanted = self._features(self.learngene, native.width, depth, x)
+        grown = _with_width(self.learngene, self.learned)
+        got = self._features(grown, width, depth, x)
+        if width > native.width:
+            error = got - wanted[..., torch.arange(width) % native.width]
+        elif "rows" in self.learned:
+            error = got @ torch.linalg.pinv(self.learned["rows"][:width]).T - wanted
+        else:
+            index = transforms.map_units(native.width, width, self.learngene.tensors["width.stream"]).index
+            error = got - wanted[..., index]
+        return error.square().mean() / wanted.square().mean()
+
+    def _features(self, learngene: Learngene, width: int, depth: int, x: Tensor) -> Tensor:
+        """All tokens (B, N, width) after the last norm, of the model that ``learngene`` grows."""
+        shape = self._shape(width, depth)
+        state = {k: v.to(x.device) for k, v in self.method.expand(learngene, shape).items() if v is not None}
+        model = _bare(shape)
+        return torch.func.functional_call(model, {f"inner.{k}": v for k, v in state.items()}, (x,))
+
+
+class _Features(nn.Module):
+    """A model whose forward is the features of all tokens."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner.forward_features(x)
+
+
+def _bare(shape: ViTShape) -> _Features:
+    return _Features(replace(shape, classes=0).build(device="meta"))
