@@ -88,10 +88,11 @@ class Sources:
     def digest(self, arm: str) -> str:
         """The sha256 of what ``arm`` inherits from."""
         if arm == "rows":
-            return file_digest(self._need("ancestor"))
-        return open_learngene(self._need("learngene")).digest if arm in LEARNGENE_ARMS else ""
+            return file_digest(self.need("ancestor"))
+        return open_learngene(self.need("learngene")).digest if arm in LEARNGENE_ARMS else ""
 
-    def _need(self, name: str) -> str:
+    def need(self, name: str) -> str:
+        """The value of a field that an arm cannot do without."""
         value = getattr(self, name)
         if value is None:
             raise SystemExit(f"--{name} is missing: an arm that was asked for is grown from it")
@@ -170,8 +171,8 @@ def learngene_of(arm: str, sources: Sources) -> Learngene | None:
     if arm == "random":
         return None
     if arm == "rows":
-        return untrained(open_ancestor(sources._need("ancestor")))
-    learngene = open_learngene(sources._need("learngene"))
+        return untrained(open_ancestor(sources.need("ancestor")))
+    learngene = open_learngene(sources.need("learngene"))
     return evenly(learngene) if arm == "base-even" else learngene
 
 

@@ -45,6 +45,8 @@ READ_BACK = """
 import sys
 import timm, torch
 from transformers import AutoModelForImageClassification
+from transformers.utils import logging
+logging.disable_progress_bar()
 folder, pixels, out = sys.argv[1:]
 x = torch.load(pixels, weights_only=True)
 with torch.no_grad():
@@ -205,26 +207,25 @@ def plot(results: Sequence[Result], classes: int, path: Path) -> None:
     for axis, shape in zip(axes[0], shapes, strict=True):
         pair = [result for result in results if result.shape == shape]
         epochs = range(1, len(pair[0].accuracy) + 1)
-        for result in pair:
+        top, bottom = pair[0].accuracy[-1], pair[1].accuracy[-1]
+        apart = max(0.0, 14 - abs(top - bottom)) / 2 * (1 if top >= bottom else -1)  # two lines of text are 14 % high
+        for result, shift in zip(pair, (apart, -apart), strict=True):
             grown = result.start == "grown"
-            axis.plot(epochs, result.accuracy, "-o" if grown else "--o", color=COLORS[result.start], lw=2, ms=5)
-            label = f"{'grown' if grown else 'random twin'} {result.accuracy[-1]:.0f} %"
-            over = grown or result.accuracy[-1] < 12
-            axis.annotate(
-                label, (epochs[-1], result.accuracy[-1]), xytext=(0, 8 if over else -8), textcoords="offset points",
-                ha="right", va="bottom" if over else "top", color=COLORS[result.start], weight="bold",
-            )  # fmt: skip
+            color, last = COLORS[result.start], result.accuracy[-1]
+            axis.plot(epochs, result.accuracy, "-o" if grown else "--o", color=color, lw=2, ms=5)
+            label = f"{'grown' if grown else 'random'}\n{last:.0f} %"
+            axis.text(epochs[-1] + 0.12, last + shift, label, va="center", color=color, weight="bold", linespacing=1.1)
         axis.axhline(100 / classes, color="#999999", lw=0.8, ls=":", zorder=0)
         axis.set_title(f"{shape}\n{pair[0].params / 1e6:.1f} M parameters", fontsize=11)
         axis.set_xticks(list(epochs))
-        axis.set_xlim(0.7, len(epochs) + 0.3)
+        axis.set_xlim(0.75, epochs[-1] + 0.38 * len(epochs) / 1.5)
         axis.set_xlabel("epoch")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="#eeeeee")
     axes[0][0].set_ylim(0, 108)
     axes[0][0].set_yticks(range(0, 101, 20))
     axes[0][0].set_ylabel("test accuracy, %")
-    axes[0][0].text(0.75, 100 / classes + 1, "chance", color="#888888", fontsize=8)
+    axes[0][0].text(0.78, 100 / classes - 1.5, "chance", color="#777777", va="top", size=8)
     title = f"{SAMPLE}: ViTs grown from one learngene, and the same networks from random weights"
     figure.suptitle(title, fontsize=12, x=0.01, ha="left")
     figure.tight_layout()

@@ -27,6 +27,7 @@ import torch
 from learngene_hub import Descendant
 from torch import nn
 from transformers import AutoModelForImageClassification
+from transformers.utils import logging
 
 from _arms import machine
 
@@ -143,6 +144,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and write the report, or be one of its processes; 1 where a limit is broken."""
     args = arguments(argv)
+    logging.disable_progress_bar()  # in favour of reading
     if args.probe == "grow":
         wanted = partial(grow, args.learngene, args.depth, args.width)
         print(json.dumps(probe(partial(grow, args.learngene, 2, 64), wanted)))

@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.summarise:
         from _summary import write_summary
 
-        print(write_summary(read_rows(args.out), args.out.with_suffix("")))
+        rows = [row for row in read_rows(args.out) if row.precision == args.precision]
+        print(write_summary(rows, args.out.with_suffix("")))
         return 0
     arms = args.arms.split(",")
     if unknown := set(arms) - RATES.keys():

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STATE_FILE = "training.pt"
-FREE_TO_CHANGE = {"compile", "checkpointing"}  # recipe fields that a continued run may change: they move no number
+FREE_TO_CHANGE = {"compile", "checkpointing"}  # of a continued run: no result depends on them
 
 
 class Run:

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from learngene_hub._check import is_number
 from learngene_hub._fit import PRECISIONS, Run
 from learngene_hub._processes import process
 from learngene_hub._steps import Step as Step
@@ -64,11 +65,23 @@ class Recipe:
             value = getattr(self, name)
             _require(type(value) is int and value >= 1, f"{name} is a whole number of at least 1, not {value!r}")
         _require(type(self.seed) is int and self.seed >= 0, f"seed is a whole number of at least 0, not {self.seed!r}")
-        _require(math.isfinite(self.lr) and self.lr > 0, f"lr is above 0, not {self.lr!r}")
-        _require(0 <= self.weight_decay < math.inf, f"weight_decay is at least 0, not {self.weight_decay!r}")
-        _require(0 <= self.warmup < 1, f"warmup is a share of all steps from 0 to below 1, not {self.warmup!r}")
-        _require(0 <= self.label_smoothing < 1, f"label_smoothing is from 0 to below 1, not {self.label_smoothing!r}")
-        _require(self.clip is None or 0 < self.clip < math.inf, f"clip is a norm above 0 or None, not {self.clip!r}")
+        _require(is_number(self.lr) and self.lr > 0, f"lr is above 0, not {self.lr!r}")
+        _require(
+            is_number(self.weight_decay) and self.weight_decay >= 0,
+            f"weight_decay is at least 0, not {self.weight_decay!r}",
+        )
+        _require(
+            is_number(self.warmup) and 0 <= self.warmup < 1,
+            f"warmup is a share of all steps from 0 to below 1, not {self.warmup!r}",
+        )
+        _require(
+            is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1,
+            f"label_smoothing is from 0 to below 1, not {self.label_smoothing!r}",
+        )
+        _require(
+            self.clip is None or (is_number(self.clip) and self.clip > 0),
+            f"clip is a norm above 0 or None, not {self.clip!r}",
+        )
         _require(self.schedule in SCHEDULES, f"schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}")
         _require(self.precision in PRECISIONS, f"precision {self.precision!r}; known: {', '.join(PRECISIONS)}")
 

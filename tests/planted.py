@@ -1,4 +1,4 @@
-"""Learngenes whose tensors are an ancestor's own, made without any training: what grows from them can be computed by hand."""
+"""Learngenes whose tensors are an ancestor's own, made without training: what grows from them is known in advance."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ GOLDEN_TENSORS = bytes.fromhex(
     "0000 803e 003f 403f 803f a03f c03f e03f"  # 0, 1/4, ... 7/4 in bfloat16
     "003c 00c0 0038 ff7b"  # 1, -2, 1/2, 65504 in float16
 )
-FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+FUZZ = settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,0 +1,233 @@
+"""What every method must do, whatever its paper: the same checks over METHODS x {class token, average, odd heads}."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_pico
+from planted import FACTS, VARIANTS, variant
+from torch import Tensor, nn
+
+from learngene_hub import factory
+from learngene_hub.data import Images
+from learngene_hub.errors import ArtefactError, ShapeError
+from learngene_hub.learngene import Learngene
+from learngene_hub.methods import BUILT_IN, METHODS, Method, get_method
+from learngene_hub.shape import IMAGENET, ViTShape
+
+# Settings with which a method extracts from a pico ancestor in about a second. A new method adds its line here.
+QUICK: dict[str, dict[str, Any]] = {
+    "lsamd": {"epochs": 3, "steps_per_epoch": 2, "batch_size": 9, "alpha_lr": 1.0, "crop_padding": 2, "seed": 5},
+}
+# Facts of a run that differ from one run to the next: a clock's.
+CLOCKS = ("seconds",)
+
+everywhere = pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in BUILT_IN for kind in VARIANTS])
+
+
+def data_sets() -> dict[str, Images]:
+    sets = {}
+    for seed, name in enumerate(("one", "two", "three")):
+        generator = torch.Generator().manual_seed(seed)
+        pixels = torch.randint(256, (20, 3, 32, 32), generator=generator, dtype=torch.uint8)
+        labels = torch.randint(3 + seed, (20,), generator=generator)
+        sets[name] = Images(pixels, labels, tuple(str(i) for i in range(3 + seed)), name)
+    return sets
+
+
+@cache
+def ancestor_of(kind: str) -> nn.Module:
+    """Four blocks, so that keeping some is less than keeping all. Read only."""
+    return build_pico(variant(kind, depth=4))
+
+
+def extract(name: str, kind: str) -> Learngene:
+    return factory.extract(
+        name, ancestor_of(kind), data_sets(), settings=QUICK[name], facts=FACTS, preprocessing=IMAGENET
+    )
+
+
+@cache
+def learngene_of(name: str, kind: str) -> Learngene:
+    """One extraction for all tests. Read only."""
+    return extract(name, kind)
+
+
+def timeless(learngene: Learngene) -> Learngene:
+    """The same without what a clock said."""
+    return replace(learngene, provenance={k: v for k, v in learngene.provenance.items() if k not in CLOCKS})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_a_frozen_dataclass_with_name_paper_and_groups(name: str) -> None:
+    method = METHODS[name]
+    assert method.name == name and method.paper.startswith("https://")
+    assert isinstance(method.groups, frozenset) and all(group.isidentifier() for group in method.groups)
+    assert dataclasses.is_dataclass(method) and isinstance(method(), Method)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(method(), dataclasses.fields(method)[0].name, None)
+    assert method.__init__.__kwdefaults__ is not None  # settings by keyword alone
+    assert name in QUICK or name not in BUILT_IN, f"give {name} quick settings at the top of this file"
+
+
+@everywhere
+def test_extraction_leaves_the_ancestor_the_data_and_the_callers_random_numbers_alone(name: str, kind: str) -> None:
+    ancestor, data = build_pico(variant(kind, depth=4)).train(), data_sets()
+    before = {key: tensor.clone() for key, tensor in ancestor.state_dict().items()}
+    pixels = {key: images.pixels.clone() for key, images in data.items()}
+    state = torch.get_rng_state()
+    factory.extract(name, ancestor, data, settings=QUICK[name], facts=FACTS)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert ancestor.training and all(p.requires_grad and p.grad is None for p in ancestor.parameters())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in ancestor.state_dict().items())
+    assert all(torch.equal(images.pixels, pixels[key]) for key, images in data.items())
+
+
+@everywhere
+def test_the_same_seed_gives_the_same_bytes(name: str, kind: str) -> None:
+    torch.manual_seed(99)  # whatever the caller's random numbers are
+    first, second = timeless(learngene_of(name, kind)), timeless(extract(name, kind))
+    assert first.digest == second.digest
+
+
+@everywhere
+def test_a_learngene_knows_its_ancestor_and_is_smaller(name: str, kind: str) -> None:
+    learngene, ancestor = learngene_of(name, kind), ancestor_of(kind)
+    assert learngene.method == name and learngene.shape == ViTShape.of(ancestor)
+    assert learngene.ancestor == FACTS | {"sha256": factory.state_digest(ancestor)}
+    assert learngene.license == FACTS["license"] and learngene.preprocessing == IMAGENET
+    assert {key.partition(".")[0] for key in learngene.tensors} <= METHODS[name].groups
+    assert learngene.nbytes < sum(tensor.nbytes for tensor in ancestor.state_dict().values())
+    assert all(bool(tensor.isfinite().all()) for tensor in learngene.tensors.values())
+    assert not any(tensor.requires_grad for tensor in learngene.tensors.values())
+
+
+@everywhere
+def test_settings_survive_json(name: str, kind: str) -> None:
+    learngene = learngene_of(name, kind)
+    settings = json.loads(json.dumps(dict(learngene.settings), allow_nan=False))
+    assert get_method(name, settings) == get_method(name, QUICK[name])
+    assert asdict(get_method(name, settings)).keys() == settings.keys()  # type: ignore[call-overload]
+
+
+@everywhere
+def test_the_disk_gives_back_the_same_learngene_and_descendant(name: str, kind: str, tmp_path: Path) -> None:
+    learngene = learngene_of(name, kind)
+    digest = learngene.save(tmp_path / "learngene.safetensors")
+    loaded = Learngene.load(tmp_path / "learngene.safetensors", sha256=digest)
+    assert loaded.digest == digest == learngene.digest
+    assert loaded.tensors.keys() == learngene.tensors.keys()
+    for key, tensor in learngene.tensors.items():
+        assert torch.equal(loaded.tensors[key], tensor) and loaded.tensors[key].dtype == tensor.dtype, key
+    for field in ("method", "shape", "reach", "preprocessing", "license"):
+        assert getattr(loaded, field) == getattr(learngene, field)
+    assert dict(loaded.settings) == dict(learngene.settings) and dict(loaded.provenance) == dict(learngene.provenance)
+    width = learngene.reach.widths[0]
+    states = [factory.expand(each, depth=3, width=width).state_dict() for each in (learngene, loaded)]
+    assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
+
+
+@everywhere
+def test_every_depth_and_width_within_reach_grows(name: str, kind: str) -> None:
+    """Its shape is the asked one, its keys are timm's exactly, its numbers are finite, nothing is left on "meta"."""
+    learngene = learngene_of(name, kind)
+    low, high = learngene.reach.depths
+    narrow, wide, step = learngene.reach.widths
+    native = learngene.shape
+    shapes = [(depth, native.width) for depth in range(low, high + 1)]
+    shapes += [(native.depth, width) for width in range(narrow, wide + 1, step)] + [(low, narrow), (high, narrow)]
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for depth, width in shapes:
+        asked = replace(native, depth=depth, width=width, heads=width // native.head_dim)
+        method = get_method(name, learngene.settings)
+        expanded = method.expand(learngene, asked)
+        assert expanded.keys() == asked.keys(), f"{depth}x{width}"
+        model = factory.expand(learngene, depth=depth, width=width)
+        assert ViTShape.of(model) == asked
+        with torch.no_grad():
+            assert bool(model(x).isfinite().all()), f"{depth}x{width}"
+
+
+@everywhere
+def test_growing_changes_nothing_and_shares_nothing(name: str, kind: str) -> None:
+    learngene = learngene_of(name, kind)
+    before = learngene.digest
+    ours = {tensor.untyped_storage().data_ptr() for tensor in learngene.tensors.values()}
+    native = learngene.shape
+    for width in sorted({native.width, native.width + native.head_dim, native.width - native.head_dim}):
+        state = torch.get_rng_state()
+        model = factory.expand(learngene, depth=learngene.reach.depths[1], width=width)
+        assert torch.equal(torch.get_rng_state(), state)
+        theirs = [parameter.untyped_storage().data_ptr() for parameter in model.parameters()]
+        assert len(set(theirs)) == len(theirs) and not ours & set(theirs)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.zero_()
+    vars(learngene).pop("digest", None)  # computed anew from the tensors
+    assert learngene.digest == before
+
+
+@everywhere
+def test_expand_is_pure_and_differentiable(name: str, kind: str) -> None:
+    """Twice the same; and every stored weight of a block that is used gets a gradient."""
+    learngene = learngene_of(name, kind)
+    native = learngene.shape
+    shape = replace(native, width=native.width + native.head_dim, heads=native.heads + 1)
+    method = get_method(name, learngene.settings)
+    first, second = (method.expand(learngene, shape) for _ in range(2))
+    for key, tensor in first.items():
+        again = second[key]
+        assert (tensor is None) == (again is None) and (tensor is None or torch.equal(tensor, again)), key  # type: ignore[arg-type]
+    tensors = {key: tensor.float().clone().requires_grad_() for key, tensor in learngene.tensors.items()}
+    state = method.expand(replace(learngene, tensors=tensors), shape)
+    total = sum((tensor.sum() for tensor in state.values() if isinstance(tensor, Tensor)), torch.zeros(()))
+    total.backward()
+    stems = {key: tensor for key, tensor in tensors.items() if key.startswith(("stem.", "tail."))}
+    assert all(tensor.grad is not None for tensor in stems.values())
+
+
+@everywhere
+def test_shapes_outside_the_reach_or_of_another_kind_are_refused(name: str, kind: str) -> None:
+    learngene = learngene_of(name, kind)
+    low, high = learngene.reach.depths
+    narrow, wide, step = learngene.reach.widths
+    wrong: list[dict[str, Any]] = [{"depth": high + 1}, {"depth": 0}, {"width": wide + step}, {"width": narrow + 1}]
+    wrong += [{"depth": low - 1}] if low > 1 else []
+    for sizes in wrong:
+        with pytest.raises(ShapeError, match=f"{next(iter(sizes.values()))} asked") as caught:
+            factory.expand(learngene, **sizes)
+        assert "\n" not in str(caught.value)
+    native = learngene.shape
+    other: list[dict[str, Any]] = [
+        {"patch": 16},
+        {"mlp_ratio": 2.0},
+        {"heads": 2 * native.heads, "head_dim": native.head_dim // 2},
+        {"class_token": True, "pool": "token"} if native.pool == "avg" else {"class_token": False, "pool": "avg"},
+    ]
+    for change in other:
+        with pytest.raises(ShapeError):
+            get_method(name, learngene.settings).expand(learngene, replace(native, **change))
+
+
+@everywhere
+def test_tensors_that_do_not_belong_are_refused(name: str, kind: str) -> None:
+    learngene = learngene_of(name, kind)
+    method, shapes = get_method(name), {key: tuple(tensor.shape) for key, tensor in learngene.tensors.items()}
+    method.check(shapes, learngene.shape)
+    for key in sorted(shapes):
+        with pytest.raises(ArtefactError):
+            method.check({k: v for k, v in shapes.items() if k != key}, learngene.shape)
+        with pytest.raises(ArtefactError):
+            method.check(shapes | {key: (*shapes[key], 2)}, learngene.shape)
+    for group in sorted(method.groups):
+        with pytest.raises(ArtefactError):
+            method.check(shapes | {f"{group}.surprise": (1,)}, learngene.shape)
+    with pytest.raises(ArtefactError):
+        method.check({}, learngene.shape)
