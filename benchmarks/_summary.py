@@ -1,8 +1,8 @@
 """What the rows of the transfer comparison say: means, paired differences, a table and a plot.
 
-The number of a run is its accuracy after the last epoch. A paired difference is taken between two runs of one shape, set and
-seed, so what a cell is worth by itself cancels. Its standard error is the deviation of the differences over sqrt(n), as if
-the n cells were independent.
+The number of a run is its accuracy after the last epoch. A paired difference is taken between two runs of one shape,
+set and seed, so what a cell is worth by itself cancels. Its standard error is the deviation of the differences over
+sqrt(n), as if the n cells were independent.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Cell = tuple[str, str, int]  # shape, set, seed
 
 
 def current(rows: Iterable[Row]) -> list[Row]:
-    """One row per job: the last, and none that was made from anything but what the last row of its kind was made from."""
+    """One row per job: the last, and only if it was made from what the last row of its kind was made from."""
     rows = list(rows)
     newest = {_kind(row.arm): row.digest for row in rows}
     return list({row.job: row for row in rows if row.digest == newest[_kind(row.arm)]}.values())
@@ -103,6 +103,7 @@ def summarise(rows: Iterable[Row]) -> dict[str, Any]:
         "number": "test accuracy after epoch 3, per cent",
         "runs": len(kept),
         "precision": sorted({row.precision for row in kept}),
+        "numerics": {arm: sorted({row.numerics for row in kept if row.arm == arm}) for arm in found},
         "machines": sorted({row.machine for row in kept}),
         "digests": {arm: next(row.digest for row in kept if row.arm == arm) for arm in found},
         "overall": {arm: spread(list(runs.values())) for arm, runs in found.items()},
@@ -116,7 +117,9 @@ def as_text(summary: dict[str, Any]) -> str:
     arms = list(summary["overall"])
     lines = [f"{'shape':>7} {'set':<12}" + "".join(f"{arm:>18}" for arm in arms)]
     for cell in summary["cells"]:
-        lines.append(f"{cell['shape']:>7} {cell['set']:<12}" + "".join(f"{_said(cell['arms'].get(a)):>18}" for a in arms))
+        lines.append(
+            f"{cell['shape']:>7} {cell['set']:<12}" + "".join(f"{_said(cell['arms'].get(a)):>18}" for a in arms)
+        )
     lines.append(f"{'all':>7} {'':<12}" + "".join(f"{_mean(summary['overall'][arm]):>18}" for arm in arms))
     for arm, found in summary[f"minus_{BASE}"].items():
         if found["overall"] is None:
@@ -127,6 +130,9 @@ def as_text(summary: dict[str, Any]) -> str:
         means = [(each["mean"], name) for name, each in found["per_shape_and_set"].items() if each]
         lines.append("  most won:  " + ", ".join(f"{name} {d:+.1f}" for d, name in sorted(means)[::-1][:4] if d > 0))
         lines.append("  most lost: " + ", ".join(f"{name} {d:+.1f}" for d, name in sorted(means)[:4] if d < 0))
+    if len({each for arm in summary["numerics"].values() for each in arm}) > 1:
+        lines += ["", "These rows were not all made by one code on one kind of machine (column numerics):"]
+        lines += [f"  {arm}: {', '.join(each)}" for arm, each in summary["numerics"].items()]
     return "\n".join(lines)
 
 

@@ -2,11 +2,11 @@
 
     python benchmarks/demo.py                  # make demo
 
-Each size is grown from the learngene and finetuned on the hand signs that ship with the package (signdigits: 1,651 images
-for training, 411 for testing, 64 px); then its random twin, the same network with timm's own initialisation, is trained
-with the same recipe and the same seed. Only the peak learning rate is each side's own: 3e-4 for inherited weights, 1e-3 for
-random ones, which learn less still at 3e-4. At the end one descendant is saved, and read back by a process that has timm
-and transformers and not this library. Everything is written to demo/.
+Each size is grown from the learngene and finetuned on the hand signs that ship with the package (signdigits: 1,651
+images for training, 411 for testing, 64 px); then its random twin, the same network with timm's own initialisation, is
+trained with the same recipe and the same seed. Only the peak learning rate is each side's own: 3e-4 for inherited
+weights, 1e-3 for random ones. One descendant is saved, and read back by a process that imports timm and transformers
+and not this library. Everything is written to demo/.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
 from learngene_hub import (
     Descendant,
     Images,
@@ -32,9 +36,6 @@ from learngene_hub import (
     load_images,
 )
 from learngene_hub.training import show_progress
-from rich.console import Console
-from rich.table import Table
-from torch import nn
 
 SAMPLE = "signdigits"
 SIZE = 64  # pixels
@@ -111,16 +112,17 @@ def twin(descendant: Descendant, seed: int) -> tuple[nn.Module, float]:
 
 def compare(plan: Plan, console: Console) -> list[Result]:
     """Every shape grown and random; the descendant of shape ``plan.saved`` is saved and read back."""
-    images = [load_images(SAMPLE, split=split, size=SIZE, limit=plan.limit) for split in ("train", "test")]
-    console.print(f"{SAMPLE}: {len(images[0])} images of hand signs for training, {len(images[1])} for testing\n")
-    grow(plan, *plan.shapes[0], images[0].classes)  # imports and first reads, which are nobody's growing time
+    known = load_images(SAMPLE, split="train", size=SIZE, limit=plan.limit)
+    unseen = load_images(SAMPLE, split="test", size=SIZE, limit=plan.limit)
+    console.print(f"{SAMPLE}: {len(known)} images of hand signs for training, {len(unseen)} for testing\n")
+    grow(plan, *plan.shapes[0], known.classes)  # imports and first reads, which are nobody's growing time
     results = []
     for depth, width in plan.shapes:
-        descendant, grown_in = grow(plan, depth, width, images[0].classes)
+        descendant, grown_in = grow(plan, depth, width, known.classes)
         random, built_in = twin(descendant, plan.seed)
         for start, model, seconds in (("grown", descendant, grown_in), ("random", random, built_in)):
             params = sum(p.numel() for p in model.parameters())
-            accuracy, spent = train(model, start, *images, plan)
+            accuracy, spent = train(model, start, known, unseen, plan)
             result = Result(
                 shape=f"{depth}x{width}",
                 start=start,
@@ -133,12 +135,12 @@ def compare(plan: Plan, console: Console) -> list[Result]:
             figures = ", ".join(f"{a:.1f}" for a in accuracy)
             console.print(f"{result.shape:>7} {start:<6} {figures} % after each epoch, {spent:.0f} s")
         if (depth, width) == plan.saved:
-            console.print(read_back(descendant, images[1], plan))
+            console.print(read_back(descendant, unseen, plan))
     return results
 
 
 def read_back(descendant: Descendant, images: Images, plan: Plan) -> str:
-    """One line on what plain timm and plain transformers compute with the saved descendant, in a process of their own."""
+    """One line on what plain timm and plain transformers compute with the saved descendant, in their own process."""
     from learngene_hub.data import normalise
     from learngene_hub.shape import IMAGENET
 
@@ -177,7 +179,12 @@ def result_table(results: Sequence[Result]) -> Table:
     table = Table(title=f"Test accuracy on {SAMPLE}, % after each epoch", title_justify="left")
     table.add_column("shape")
     table.add_column("start")
-    for column in ("parameters", "grown in", *(f"epoch {i + 1}" for i in range(len(results[0].accuracy))), "trained in"):
+    for column in (
+        "parameters",
+        "grown in",
+        *(f"epoch {i + 1}" for i in range(len(results[0].accuracy))),
+        "trained in",
+    ):
         table.add_column(column, justify="right")
     for result in results:
         grown = result.start == "grown"
@@ -215,7 +222,7 @@ def plot(results: Sequence[Result], classes: int, path: Path) -> None:
             axis.plot(epochs, result.accuracy, "-o" if grown else "--o", color=color, lw=2, ms=5)
             label = f"{'grown' if grown else 'random'}\n{last:.0f} %"
             axis.text(epochs[-1] + 0.12, last + shift, label, va="center", color=color, weight="bold", linespacing=1.1)
-        axis.axhline(100 / classes, color="#999999", lw=0.8, ls=":", zorder=0)
+        axis.plot([0.75, epochs[-1]], [100 / classes] * 2, color="#999999", lw=0.8, ls=":", zorder=0)
         axis.set_title(f"{shape}\n{pair[0].params / 1e6:.1f} M parameters", fontsize=11)
         axis.set_xticks(list(epochs))
         axis.set_xlim(0.75, epochs[-1] + 0.38 * len(epochs) / 1.5)

@@ -2,8 +2,9 @@
 
     python benchmarks/make_lsamd_base.py --data DIR --ancestor deit_tiny.safetensors
 
-DIR holds one folder per data set, NAME/train.parquet. The ancestor is a safetensors file of timm's deit_tiny_patch16_224.
-Writes the artefact, its row of registry.yaml and the card. The settings stand in benchmarks/lsamd_base.yaml.
+DIR holds one folder per data set, NAME/train.parquet. The ancestor is a safetensors file of timm's
+deit_tiny_patch16_224. Writes the artefact, its row of registry.yaml and the card. The settings stand in
+benchmarks/lsamd_base.yaml.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python benchmarks/transfer.py --data DIR --ancestor FILE.safetensors --learngene lsamd-base
     python benchmarks/transfer.py --summarise
 
-Every (arm, shape, set, seed) is one run and one row of the CSV (see ``_arms.py``), appended as it finishes. A second call
-skips the rows that are there, and several calls may write into one file. A row that was made from another learngene or
-ancestor is stale and is made again. Jobs go seed by seed, so that a partial run is balanced. What comes out of the rows is
-``_summary.py``'s.
+Every (arm, shape, set, seed) is one run and one row of the CSV (see ``_arms.py``), appended as it finishes. A second
+call skips the rows that are there, and several calls may write into one file. A row that was made from another
+learngene or ancestor is stale and is made again. Jobs go seed by seed, so that a partial run is balanced. What comes
+out of the rows is ``_summary.py``'s.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-
 from _arms import ARMS, RATES, Job, Row, Sources, measure
 
 RESULTS = Path(__file__).parent / "results"
@@ -93,7 +92,9 @@ def run(todo: Sequence[Job], sources: Sources, out: Path, workers: int) -> int:
                     continue
                 row = future.result()
                 append_row(out, row)
-                print(f"{what}: {row.epoch_1:.1f} {row.epoch_2:.1f} {row.epoch_3:.1f} in {row.seconds:.0f} s", flush=True)
+                print(
+                    f"{what}: {row.epoch_1:.1f} {row.epoch_2:.1f} {row.epoch_3:.1f} in {row.seconds:.0f} s", flush=True
+                )
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -148,6 +148,24 @@ class Run:
         finally:
             switch(before)
 
+    @contextlib.contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """Attention as plain matrix products inside, on a CPU; as it was outside.
+
+        timm's blocks ask torch for fused attention. On a GPU that is faster; on a CPU, at the few tokens of small
+        images, its backward pass takes a third of an update (benchmarks/README.md).
+        """
+        fused = (
+            [m for m in self.model.modules() if getattr(m, "fused_attn", False)] if self.device.type == "cpu" else []
+        )
+        try:
+            for module in fused:
+                module.fused_attn = False  # type: ignore[assignment]
+            yield
+        finally:
+            for module in fused:
+                module.fused_attn = True  # type: ignore[assignment]
+
     def versions(self) -> int:
         """A number that changes when anybody writes into the parameters or buffers."""
         return sum(tensor._version for tensor in (*self.parameters, *self.model.parameters(), *self.model.buffers()))

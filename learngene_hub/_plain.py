@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -31,13 +32,14 @@ def read_shape(model: nn.Module) -> ViTShape:
     found = [feature for feature, there in _features(model) if there]
     if found:
         raise ShapeError(f"a ViT with {', '.join(found)} given; a ViTShape describes a plain ViT, without")
-    attn, grid = model.blocks[0].attn, model.patch_embed.grid_size
+    first: Any = model.blocks[0]  # a timm Block, checked above
+    attn, grid = first.attn, model.patch_embed.grid_size
     shape = ViTShape(
         depth=len(model.blocks),
         width=model.embed_dim,
         heads=attn.num_heads,
         head_dim=attn.head_dim,
-        mlp_ratio=shortest_ratio(model.embed_dim, model.blocks[0].mlp.fc1.out_features),
+        mlp_ratio=shortest_ratio(model.embed_dim, first.mlp.fc1.out_features),
         patch=model.patch_embed.patch_size[0],
         image_size=grid[0] * model.patch_embed.patch_size[0],
         in_chans=model.patch_embed.proj.in_channels,

@@ -1,7 +1,7 @@
 """The model card of a learngene, written from the artefact, its registry entry and measured results; never by hand.
 
-``results`` is what ``benchmarks/transfer.py --summarise`` writes: per shape and data set the accuracy of each arm. A card
-without results says that nothing was measured.
+``results`` is what ``benchmarks/transfer.py --summarise`` writes: per shape and data set the accuracy of each arm. A
+card without results says that nothing was measured.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ from learngene_hub import Descendant
 model = Descendant.from_learngene("{entry.name}", depth={shape.depth}, width={2 * shape.width}, num_labels=10)
 ```
 
-The model is a plain timm ViT inside transformers' own wrapper. Its head is fresh: finetune it before use. `learngene show
-{entry.name} --depth {shape.depth} --width {2 * shape.width}` tells its size before anything is grown."""
+The model is a plain timm ViT inside transformers' own wrapper. Its head is fresh: finetune it before use. `learngene
+show {entry.name} --depth {shape.depth} --width {2 * shape.width}` tells its size before anything is grown."""
 
 
 def _reach(learngene: Learngene) -> str:
@@ -69,8 +69,10 @@ def _reach(learngene: Learngene) -> str:
     size = f"{learngene.nbytes / 1e6:.1f} MB of tensors"
     table = _table(["shape", "parameters", "multiply-adds"], rows)
     return (
-        f"## Reach\n\n{str(learngene.reach).capitalize()}, heads of {learngene.shape.head_dim}, any image size divisible by "
-        f"{learngene.shape.patch}, any number of input channels. One file, {size}, stands for all of them. At 10 labels and "
+        f"## Reach\n\n{str(learngene.reach).capitalize()}, heads of {learngene.shape.head_dim}, any image size "
+        f"divisible by "
+        f"{learngene.shape.patch}, any number of input channels. One file, {size}, stands for all of them. At 10 "
+        f"labels and "
         f"{learngene.shape.image_size} px:\n\n{table}"
     )
 
@@ -82,7 +84,8 @@ def _at(native: ViTShape, depth: int, width: int) -> ViTShape:
 def _made(learngene: Learngene) -> str:
     facts, ancestor = learngene.provenance, learngene.ancestor
     lines = [
-        f"- **Method:** {learngene.method}, [paper]({METHODS[learngene.method].paper}). The paper's text could not be read "
+        f"- **Method:** {learngene.method}, [paper]({METHODS[learngene.method].paper}). The paper's text could not "
+        f"be read "
         "beyond its abstract; the exact procedure is this project's reading of it.",
         f"- **Ancestor:** {ancestor['name']} ({ancestor['license']}), {ancestor['source']}, sha256 of its parameters "
         f"`{ancestor['sha256']}`.",
@@ -95,7 +98,9 @@ def _made(learngene: Learngene) -> str:
     if facts.get("command"):
         lines.append(f"- **Command:** `{facts['command']}`")
     terms = facts.get("terms", {})
-    rows = [[name, f"{part['images']:,}", terms.get(name, "not recorded")] for name, part in facts.get("data", {}).items()]
+    rows = [
+        [name, f"{part['images']:,}", terms.get(name, "not recorded")] for name, part in facts.get("data", {}).items()
+    ]
     data = "\n\nData (none of it is redistributed):\n\n" + _table(["data set", "images", "terms"], rows) if rows else ""
     settings = ", ".join(f"{key}={value}" for key, value in sorted(learngene.settings.items()))
     return "## How it was made\n\n" + "\n".join(lines) + data + f"\n\nSettings: {settings}."
@@ -112,8 +117,10 @@ def _search(learngene: Learngene) -> str:
     )
     paths = _table(["data set", "path"], [[name, f"`{path}`"] for name, path in facts.get("paths", {}).items()])
     return (
-        "## What the search found\n\nBase rate: the share of data sets whose path takes the shared block at that position. "
-        f"Stored blocks: {', '.join(map(str, kept))}.\n\n{rate}\n\nPaths (B: shared base block with the data set's adapter, "
+        "## What the search found\n\nBase rate: the share of data sets whose path takes the shared block at that "
+        "position. "
+        f"Stored blocks: {', '.join(map(str, kept))}.\n\n{rate}\n\nPaths (B: shared base block with the data set's "
+        f"adapter, "
         f"S: the data set's own block):\n\n{paths}"
     )
 
@@ -124,7 +131,8 @@ def _width(learngene: Learngene) -> str:
         return "## Width\n\nUnits are copied cyclically above the native width and the leading ones kept below it."
     names = ", ".join(sorted(f"`width.{name}` {list(tensor.shape)}" for name, tensor in learned.items()))
     return (
-        f"## Width\n\nForm `{learngene.settings.get('form', 'copy')}`: exact at multiples of {learngene.shape.width}. Measured or "
+        f"## Width\n\nForm `{learngene.settings.get('form', 'copy')}`: exact at multiples of "
+        f"{learngene.shape.width}. Measured or "
         f"learned for it: {names}. {learngene.provenance.get('width_note', '')}".rstrip()
     )
 
@@ -133,17 +141,19 @@ def _measured(results: Mapping[str, Any] | None) -> str:
     if not results:
         return "## Measured\n\nNothing was measured."
     arms: Sequence[str] = results["arms"]
-    rows = [
-        [row["shape"], row["set"], *(_score(row["accuracy"].get(arm)) for arm in arms)] for row in results["rows"]
-    ]
+    rows = [[row["shape"], row["set"], *(_score(row["accuracy"].get(arm)) for arm in arms)] for row in results["rows"]]
     gain = results["difference"]
     wins = results["wins"]
     return (
-        f"## Measured\n\nTest accuracy (%) after {results['epochs']} epochs of finetuning, mean and standard deviation over seeds; "
-        f"{results['recipe']}. `rows` is the training-free rival: evenly spaced blocks of the ancestor, units copied cyclically. "
-        "`base-even` is this learngene with evenly spaced blocks instead of the most frequent ones. None of these data sets was "
+        f"## Measured\n\nTest accuracy (%) after {results['epochs']} epochs of finetuning, mean and standard "
+        f"deviation over seeds; "
+        f"{results['recipe']}. `rows` is the training-free rival: evenly spaced blocks of the ancestor, units "
+        f"copied cyclically. "
+        "`base-even` is this learngene with evenly spaced blocks instead of the most frequent ones. None of these "
+        "data sets was "
         f"seen in the extraction.\n\n{_table(['shape', 'data set', *arms], rows)}\n\nMean difference to `rows`: "
-        f"{gain['mean']:+.2f} ± {gain['standard_error']:.2f} points over {gain['count']} pairs; ahead in {wins['ahead']} of "
+        f"{gain['mean']:+.2f} ± {gain['standard_error']:.2f} points over {gain['count']} pairs; ahead in "
+        f"{wins['ahead']} of "
         f"{wins['of']} shape and data set pairs, most at {wins['best']}, least at {wins['worst']}."
     )
 
@@ -157,15 +167,18 @@ def _score(value: Mapping[str, float] | None) -> str:
 def _limits(learngene: Learngene) -> str:
     size = learngene.provenance.get("image_size", "?")
     return (
-        f"## Limits\n\nClassification only. Trained and measured at {size} px; larger images work, their positions are the "
-        "ancestor's, and they were not measured here. Beyond the stored depth blocks repeat. Data sets that overlap the ancestor's "
+        f"## Limits\n\nClassification only. Trained and measured at {size} px; larger images work, their positions "
+        f"are the "
+        "ancestor's, and they were not measured here. Beyond the stored depth blocks repeat. Data sets that overlap "
+        "the ancestor's "
         "own training data are not held-out."
     )
 
 
 def _licence(learngene: Learngene, entry: Entry) -> str:
     return (
-        f"## Licence\n\n{entry.license}, as its ancestor ({learngene.ancestor['license']}). The data sets above have terms of "
+        f"## Licence\n\n{entry.license}, as its ancestor ({learngene.ancestor['license']}). The data sets above "
+        f"have terms of "
         "their own, most of them academic use: check them against yours.\n\n"
         f"sha256 of `learngene.safetensors`: `{entry.sha256}`, {entry.bytes:,} bytes."
     )

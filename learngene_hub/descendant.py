@@ -51,7 +51,7 @@ class Descendant(TimmWrapperForImageClassification):
     """
 
     config_class = DescendantConfig
-    config: DescendantConfig
+    config: DescendantConfig  # type: ignore[assignment]
 
     def __init__(self, config: DescendantConfig, timm_model: nn.Module | None = None) -> None:
         """Around ``timm_model``, neither copied nor initialised, or around a new one that ``config`` describes."""

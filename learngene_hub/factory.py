@@ -41,15 +41,17 @@ def extract(
         ancestor: a timm ViT, pre-trained.
         data: name -> images; what a method needs of them stands in its own docstring.
         settings: of a method that is given by name.
-        facts: ``name``, ``sha256``, ``license`` and ``source`` of the ancestor; the sha256 is computed where it is left out.
-        watch: is handed the steps of the training and passes them on: a progress bar, a log.
+        facts: ``name``, ``sha256``, ``license`` and ``source`` of the ancestor; the sha256 is computed where it is
+        left out. watch: is handed the steps of the training and passes them on: a progress bar, a log.
 
     Raises:
         SettingsError: no such method, a setting out of its range, or data that the method cannot use.
         ShapeError: the ancestor is no plain ViT.
     """
     if not isinstance(method, str) and settings:
-        raise SettingsError("settings asked beside a method object, which has its own; give a name, or the object alone")
+        raise SettingsError(
+            "settings asked beside a method object, which has its own; give a name, or the object alone"
+        )
     chosen = get_method(method, settings) if isinstance(method, str) else method
     known = {"name": "", "sha256": "", "license": "", "source": ""} | dict(facts or {})
     known["sha256"] = known["sha256"] or state_digest(ancestor)
@@ -106,12 +108,16 @@ def plan(
 
 
 def _width(native: ViTShape, width: int) -> dict[str, int]:
-    """The fields of a shape of this width with the native head_dim; a width that it does not divide is one head, for the
-    reach to refuse."""
+    """The fields of a shape of this width with the native head_dim; a width that it does not divide is one head, for
+    the reach to refuse."""
     if isinstance(width, bool) or not isinstance(width, int) or width < 1:
         return {"width": width, "heads": 1, "head_dim": 0}
     whole = width % native.head_dim == 0
-    return {"width": width, "heads": width // native.head_dim if whole else 1, "head_dim": native.head_dim if whole else width}
+    return {
+        "width": width,
+        "heads": width // native.head_dim if whole else 1,
+        "head_dim": native.head_dim if whole else width,
+    }
 
 
 def expand(
@@ -138,6 +144,8 @@ def expand(
         ShapeError: there is no such ViT, or it is outside the learngene's reach.
         BudgetError: it has more than ``max_params`` parameters; nothing was allocated.
     """
+    if dtype is not None and not dtype.is_floating_point:
+        raise ShapeError(f"dtype {dtype} asked; torch.float32, torch.bfloat16 and torch.float16 would work")
     shape = plan(
         learngene, depth=depth, width=width, heads=heads, num_labels=num_labels, image_size=image_size,
         in_chans=in_chans, max_params=max_params,
@@ -147,11 +155,11 @@ def expand(
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     state = grown_state(learngene, shape, wanted, seed=seed)
     dtype, place = dtype or torch.float32, torch.device(device or "cpu")
-    owned: set[int] = {tensor.data_ptr() for tensor in learngene.tensors.values()}
+    owned: set[int] = {tensor.untyped_storage().data_ptr() for tensor in learngene.tensors.values()}
     for name in list(state):
-        tensor = state[name].to(place, dtype)
-        state[name] = tensor.clone() if tensor.data_ptr() in owned else tensor.contiguous()
-        owned.add(state[name].data_ptr())
+        tensor = state[name].to(place, dtype).contiguous()
+        state[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in owned else tensor
+        owned.add(state[name].untyped_storage().data_ptr())
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 
@@ -220,21 +228,43 @@ def evaluate(
     """
     if precision not in ("fp32", "bf16"):
         raise SettingsError(f"precision {precision!r} asked; there are fp32, bf16")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise SettingsError(f"batch_size {batch_size!r} asked; 1 is the least that works")
     if not len(images):
         raise DataError(f"{images.name} is empty; evaluation needs at least one image")
+    require_size(model, images)
     place = torch.device(device) if device is not None else next(model.parameters()).device
     training, began = model.training, time.perf_counter()
     model.eval().to(place)
     right, loss = 0, 0.0
-    for x, y in ordered_batches(images, batch_size, preprocessing, place):
-        with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = _logits(model, x).float()
-        require_labels(logits.shape[-1], images)
-        right += int((logits.argmax(-1) == y).sum())
-        loss += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
-    model.train(training)
+    try:
+        for x, y in ordered_batches(images, batch_size, preprocessing, place):
+            with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
+                logits = _logits(model, x).float()
+            require_labels(logits.shape[-1], images)
+            right += int((logits.argmax(-1) == y).sum())
+            loss += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
+    finally:
+        model.train(training)
     count = len(images)
-    return Evaluation(accuracy=100.0 * right / count, loss=loss / count, count=count, seconds=time.perf_counter() - began)
+    return Evaluation(
+        accuracy=100.0 * right / count, loss=loss / count, count=count, seconds=time.perf_counter() - began
+    )
+
+
+def require_size(model: nn.Module, images: Images) -> None:
+    """Nothing, where a timm model (or the one in a wrapper) takes images of this size, or does not say.
+
+    Raises:
+        DataError: it takes others.
+    """
+    inner = getattr(model, "timm_model", model)
+    wanted = getattr(getattr(inner, "patch_embed", None), "img_size", None)
+    have = tuple(images.pixels.shape[-2:])
+    if wanted is not None and tuple(wanted) != have:
+        raise DataError(
+            f"{images.name} has images of {have[0]} px; the model takes {wanted[0]}: image_size={have[0]} would work"
+        )
 
 
 def require_labels(outputs: int, images: Images) -> None:
@@ -267,14 +297,15 @@ def finetune(
 ) -> Iterator[Step]:
     """Train every parameter of ``model`` on labelled ``images``, yielding a Step after each update.
 
-    The caller may evaluate between steps (``step.epoch_done``). With ``state_dir`` the run is saved after each epoch and
-    resumes from there.
+    The caller may evaluate between steps (``step.epoch_done``). With ``state_dir`` the run is saved after each epoch
+    and resumes from there.
 
     Raises:
         DataError: no images, or a label that the model has no output for.
         TrainingError: the loss is not finite.
     """
     outputs = getattr(model, "num_classes", None) or getattr(model, "num_labels", None)
+    require_size(model, images)
     if outputs:
         require_labels(outputs, images)
     batches, steps_per_epoch = image_batches(images, recipe, preprocessing)

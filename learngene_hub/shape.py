@@ -247,9 +247,9 @@ class ViTShape:
         if not (is_number(drop_path_rate) and 0 <= drop_path_rate < 1):
             raise ShapeError(f"drop_path_rate {drop_path_rate!r} asked; it must be at least 0 and below 1")
         place = torch.device(device)
-        skip = (
-            {"weight_init": "skip"} if place.type == "meta" else {}
-        )  # ten times as fast; there is nothing to initialise
+        arguments = self.model_args()
+        if place.type == "meta":
+            arguments["weight_init"] = "skip"  # ten times as fast, and there is nothing to initialise
         forked = [] if place.type in ("cpu", "meta") else [place.index or 0]
         with torch.random.fork_rng(devices=forked, device_type=place.type if forked else "cuda"):
             return timm.create_model(
@@ -259,8 +259,7 @@ class ViTShape:
                 num_classes=self.classes,
                 drop_path_rate=drop_path_rate,
                 device=place,
-                **self.model_args(),
-                **skip,
+                **arguments,
             )  # type: ignore[return-value]
 
     def model_args(self) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def fit(
 def _updates(run: Run, batches: Batches, save_every: int) -> Iterator[Step]:
     """The loop of `fit`."""
     run.load()
-    with run.checkpointing():
+    with run.checkpointing(), run.plain_attention():
         for epoch in range(run.step // run.steps_per_epoch, run.recipe.epochs):
             stream = run.stream(batches, epoch)
             for _ in range(run.step % run.steps_per_epoch, run.steps_per_epoch):

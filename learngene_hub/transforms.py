@@ -1,15 +1,16 @@
 """Tensor algebra that two or more methods share: which blocks a depth takes, and how a width is reached.
 
-Width. A ViT has three kinds of axis that grow with its width: the residual stream (D channels), the heads (H of head_dim
-units each) and the hidden units of every MLP (M = mlp_ratio * D). Each is mapped by an index: unit ``i`` of the wider
-axis takes native unit ``i mod n``, and what reads a unit that has ``c`` copies reads ``1 / c`` of each. LayerNorm is the
-only thing that is not linear in the residual stream, and the three forms differ in how they treat it:
+Width. A ViT has three kinds of axis that grow with its width: the residual stream (D channels), the heads (H of
+head_dim units each) and the hidden units of every MLP (M = mlp_ratio * D). Each is mapped by an index: unit ``i`` of
+the wider axis takes native unit ``i mod n``, and what reads a unit that has ``c`` copies reads ``1 / c`` of each.
+LayerNorm is the only thing that is not linear in the residual stream, and the three forms differ in how they treat it:
 
-``copy``      channels are copied as they are. Exact at integer multiples of the native width (Net2Net's widening, Chen et
-              al., ICLR 2016, arXiv:1511.05641, for a residual stream); in between, LayerNorm sees some channels twice.
-``balanced``  copy ``i`` of a channel with ``c`` copies is scaled by ``s = sqrt(D' / (D c))`` and the gain of LayerNorm divided
-              by ``s``, so that the variance over the D' channels is the native one at every width; only the mean over
-              channels is off. The same as ``copy`` at integer multiples, where s = 1. (Our reading.)
+``copy``      channels are copied as they are. Exact at integer multiples of the native width (Net2Net's widening, Chen
+              et al., ICLR 2016, arXiv:1511.05641, for a residual stream); in between, LayerNorm sees some channels
+              twice.
+``balanced``  copy ``i`` of a channel with ``c`` copies is scaled by ``s = sqrt(D' / (D c))`` and the gain of LayerNorm
+              divided by ``s``, so that the variance over the D' channels is the native one at every width; only the
+              mean over channels is off. The same as ``copy`` at integer multiples, where s = 1. (Our reading.)
 ``exact``     new channels are silent: everything written to the stream is centred over its channels (LayerNorm does not
               see a constant), new channels are written as zeros, gains are scaled by sqrt(D / D'), so the descendant
               computes the ancestor's function at every width from the native one up. Compare LEMON (ICLR 2024).
@@ -55,12 +56,26 @@ def even_positions(depth: int, count: int) -> tuple[int, ...]:
 
 
 def nearest_positions(kept: tuple[int, ...], depth: int, count: int) -> tuple[int, ...]:
-    """For each of ``count`` blocks the member of ``kept`` nearest to its relative place among ``depth`` ancestor blocks.
+    """For each of ``count`` blocks the member of ``kept`` nearest to its relative place among ``depth`` ancestor
+    blocks.
 
     Block j stands at p = j (depth-1) / (count-1); a tie goes to the smaller index, so the result never decreases.
     """
     gaps = max(count - 1, 1)
     return tuple(min(kept, key=lambda k: (abs(k * gaps - j * (depth - 1)), k)) for j in range(count))
+
+
+def relative_positions(kept: tuple[int, ...], depth: int, count: int) -> tuple[int, ...]:
+    """For each of ``kept`` among ``depth`` ancestor blocks its own place among ``count``: round(k (count-1) /
+    (depth-1)).
+
+    Halves round up; a place that is taken moves on, and back from the end where none is left, so that order is kept.
+    """
+    gaps, places = max(depth - 1, 1), []
+    for rank, k in enumerate(kept):
+        place = (2 * k * (count - 1) + gaps) // (2 * gaps)
+        places.append(min(max(place, places[-1] + 1 if places else 0), count - len(kept) + rank))
+    return tuple(places)
 
 
 def stored_positions(names: Iterable[str]) -> tuple[int, ...]:
@@ -70,10 +85,11 @@ def stored_positions(names: Iterable[str]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Units:
-    """One axis resized by copying or choosing whole units: unit i is native unit ``index[i]``, read with ``read[i]``."""
+    """One axis resized by copying or choosing whole units: unit i is native unit ``index[i]``, read with "
+    "``read[i]``."""
 
     index: Tensor  # (n',) int64
-    read: Tensor  # (n',) float: 1 / copies
+    read: Tensor | None  # (n',) float: 1 / copies; None: all 1
     unchanged: bool  # n' == n: nothing is touched, to the last bit
 
 
@@ -87,29 +103,32 @@ def map_units(native: int, count: int, score: Tensor | None = None) -> Units:
         index = torch.sort(best).values
     else:
         index = torch.arange(count) % native
-    copies = torch.bincount(index, minlength=native)
-    return Units(index=index, read=1.0 / copies[index], unchanged=count == native)
+    read = 1.0 / torch.bincount(index, minlength=native)[index] if count > native else None
+    return Units(index=index, read=read, unchanged=count == native)
 
 
 def head_units(heads: Units, head_dim: int) -> Units:
     """The same map, said of single units: head ``h`` is units ``h head_dim .. (h+1) head_dim - 1``."""
     inner = torch.arange(head_dim)
     index = (heads.index[:, None] * head_dim + inner).flatten()
-    return Units(index=index, read=heads.read.repeat_interleave(head_dim), unchanged=heads.unchanged)
+    read = None if heads.read is None else heads.read.repeat_interleave(head_dim)
+    return Units(index=index, read=read, unchanged=heads.unchanged)
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream resized: factors per channel (D',) of what is written, normalised and read."""
+    """The residual stream resized: factors per channel (D',) of what is written, normalised and read; None: all 1."""
 
     index: Tensor  # (D',) int64: the native channel of each channel
-    write: Tensor  # (D',) factor of everything written to the stream
-    gain: Tensor  # (D',) factor of LayerNorm gains
-    bias: Tensor  # (D',) factor of LayerNorm biases
-    read: Tensor  # (D',) factor of what is read after LayerNorm
+    write: Tensor | None  # (D',) factor of everything written to the stream
+    gain: Tensor | None  # (D',) factor of LayerNorm gains
+    bias: Tensor | None  # (D',) factor of LayerNorm biases
+    read: Tensor | None  # (D',) factor of what is read after LayerNorm
     centre: bool  # subtract the mean over native channels from everything written
     unchanged: bool
-    rows: Tensor | None = None  # (D', D) learned rows A in place of whole channels: x' = A x, read with A's pseudo-inverse
+    rows: Tensor | None = (
+        None  # (D', D) learned rows A in place of whole channels: x' = A x, read with A's pseudo-inverse
+    )
 
 
 def map_stream(native: int, width: int, form: str = "copy", score: Tensor | None = None) -> Stream:
@@ -121,14 +140,13 @@ def map_stream(native: int, width: int, form: str = "copy", score: Tensor | None
     if form not in FORMS:
         raise SettingsError(f"unknown width form {form!r}; known forms: {', '.join(FORMS)}")
     units = map_units(native, width, score)
-    one = torch.ones(width)
-    if units.unchanged or width < native or form == "copy":
-        return Stream(units.index, one, one, one, units.read, False, units.unchanged)
+    if units.read is None or form == "copy":
+        return Stream(units.index, None, None, None, units.read, False, units.unchanged)
     if form == "balanced":
         scale = (units.read * width / native).sqrt()
-        return Stream(units.index, scale, 1.0 / scale, one, units.read, False, False)
+        return Stream(units.index, scale, 1.0 / scale, None, units.read, False, False)
     old = (torch.arange(width) < native).float()
-    return Stream(units.index, old, one * (native / width) ** 0.5, old, one, True, False)
+    return Stream(units.index, old, torch.full((width,), (native / width) ** 0.5), old, None, True, False)
 
 
 def write_rows(w_O: Tensor, stream: Stream) -> Tensor:
@@ -138,8 +156,8 @@ def write_rows(w_O: Tensor, stream: Stream) -> Tensor:
     if stream.rows is not None:
         return torch.tensordot(stream.rows, w_O.float(), dims=1)
     if stream.centre:
-        w_O = w_O - w_O.mean(0, keepdim=True)
-    return w_O.index_select(0, stream.index) * _factor(stream.write, w_O)
+        w_O = _full(w_O) - _full(w_O).mean(0, keepdim=True)
+    return _times(w_O.index_select(0, stream.index.to(w_O.device)), stream.write, 0)
 
 
 def read_columns(w_OI: Tensor, axis: Stream | Units) -> Tensor:
@@ -148,23 +166,21 @@ def read_columns(w_OI: Tensor, axis: Stream | Units) -> Tensor:
         return w_OI
     if isinstance(axis, Stream) and axis.rows is not None:
         return w_OI.float() @ torch.linalg.pinv(axis.rows)
-    return w_OI.index_select(1, axis.index) * axis.read.to(w_OI)
+    return _times(w_OI.index_select(1, axis.index.to(w_OI.device)), axis.read, 1)
 
 
 def take_rows(w_O: Tensor, units: Units) -> Tensor:
     """A tensor whose first axis makes resized units, (n, ...) -> (n', ...)."""
-    return w_O if units.unchanged else w_O.index_select(0, units.index)
+    return w_O if units.unchanged else w_O.index_select(0, units.index.to(w_O.device))
 
 
 def resize_norm(part: Mapping[str, Tensor], stream: Stream) -> dict[str, Tensor]:
     """LayerNorm's ``weight`` and ``bias``, (D,) -> (D',)."""
     if stream.unchanged:
         return dict(part)
-    gain, bias = part["weight"], part["bias"]
-    return {
-        "weight": gain.index_select(0, stream.index) * stream.gain.to(gain),
-        "bias": bias.index_select(0, stream.index) * stream.bias.to(bias),
-    }
+    index = stream.index.to(part["weight"].device)
+    factors = {"weight": stream.gain, "bias": stream.bias}
+    return {key: _times(part[key].index_select(0, index), factor, 0) for key, factor in factors.items()}
 
 
 def resize_stem(stem: Mapping[str, Tensor], stream: Stream) -> dict[str, Tensor]:
@@ -267,26 +283,26 @@ def resample_positions(pos_embed: Tensor, side: int, prefix: int) -> Tensor:
     old = round((pos_embed.shape[1] - prefix) ** 0.5)
     if old == side:
         return pos_embed
-    head, grid = pos_embed[:, :prefix], pos_embed[:, prefix:]
-    image = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2).float()
+    head, grid = _full(pos_embed[:, :prefix]), _full(pos_embed[:, prefix:])
+    image = grid.reshape(1, old, old, -1).permute(0, 3, 1, 2)
     image = torch.nn.functional.interpolate(image, size=(side, side), mode="bicubic", antialias=True)
-    grid = image.permute(0, 2, 3, 1).reshape(1, side * side, -1).to(pos_embed.dtype)
+    grid = image.permute(0, 2, 3, 1).reshape(1, side * side, -1)
     return torch.cat([head, grid], dim=1)
 
 
 def adapt_channels(kernel: Tensor, in_chans: int) -> Tensor:
     """A patch embedding's kernel (D, C, p, p) for another number of input channels.
 
-    One channel gets the sum over the old ones; more are the old ones in turn, scaled so that the sum over equal channels
-    is kept. The same as timm's ``adapt_input_conv``.
+    One channel gets the sum over the old ones; more are the old ones in turn, scaled so that the sum over equal
+    channels is kept. The same as timm's ``adapt_input_conv``.
     """
     old = kernel.shape[1]
     if in_chans == old:
         return kernel
     if in_chans == 1:
-        return kernel.sum(1, keepdim=True)
-    turn = torch.arange(in_chans) % old
-    return kernel.index_select(1, turn) * (old / in_chans)
+        return _full(kernel).sum(1, keepdim=True)
+    turn = torch.arange(in_chans, device=kernel.device) % old
+    return _full(kernel).index_select(1, turn) * (old / in_chans)
 
 
 def check_parts(shapes: Mapping[str, tuple[int, ...]], native: ViTShape, *, searched: bool) -> None:
@@ -347,7 +363,7 @@ def _expected_width(shapes: Mapping[str, tuple[int, ...]], native: ViTShape) -> 
         "width.stream": (width,),
         "width.heads": (depth, native.heads),
         "width.hidden": (depth, native.hidden),
-        "width.rows": (min(shapes.get("width.rows", (0,))[0], width - 1), width),
+        "width.rows": (min((*shapes.get("width.rows", ()), 1)[0], width - 1), width),
     }
     for name in shapes:
         parts = name.split(".")
@@ -361,9 +377,19 @@ def _position(name: str) -> int:
     return int(number) if number.isdecimal() and len(number) <= 4 else -1
 
 
-def _factor(factor: Tensor, like: Tensor) -> Tensor:
-    """A factor per row, shaped to multiply ``like`` along its first axis."""
-    return factor.to(like).reshape(-1, *[1] * (like.dim() - 1))
+def _full(tensor: Tensor) -> Tensor:
+    """At least float32: products of stored float16 numbers are not rounded to float16 again."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _times(tensor: Tensor, factor: Tensor | None, axis: int) -> Tensor:
+    """``tensor`` times one factor per index of ``axis``; as it is without factors."""
+    if factor is None:
+        return tensor
+    tensor = _full(tensor)
+    shape = [1] * tensor.dim()
+    shape[axis] = -1
+    return tensor * factor.to(tensor).reshape(shape)
 
 
 def _write_last(t_PD: Tensor, stream: Stream) -> Tensor:
@@ -373,8 +399,8 @@ def _write_last(t_PD: Tensor, stream: Stream) -> Tensor:
     if stream.rows is not None:
         return t_PD.float() @ stream.rows.T
     if stream.centre:
-        t_PD = t_PD - t_PD.mean(-1, keepdim=True)
-    return t_PD.index_select(-1, stream.index) * stream.write.to(t_PD)
+        t_PD = _full(t_PD) - _full(t_PD).mean(-1, keepdim=True)
+    return _times(t_PD.index_select(-1, stream.index.to(t_PD.device)), stream.write, -1)
 
 
 def _take_qkv(w_O: Tensor, inner: Units) -> Tensor:
@@ -383,4 +409,4 @@ def _take_qkv(w_O: Tensor, inner: Units) -> Tensor:
         return w_O
     rows = w_O.shape[0] // 3
     index = torch.cat([inner.index + part * rows for part in range(3)])
-    return w_O.index_select(0, index)
+    return w_O.index_select(0, index.to(w_O.device))

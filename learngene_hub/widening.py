@@ -1,14 +1,14 @@
 """The second stage of extraction: learn what the width transform adds to whole-unit copies.
 
-Every width starts from ``transforms.Resize``: copies above the native width, the units with the highest scores below it.
-On top of that this stage learns, by distillation from the learngene's own native model through ``expand`` itself:
+Every width starts from ``transforms.Resize``: copies above the native width, the units with the highest scores below
+it. On top of that this stage learns, by distillation from the learngene's own native model through ``expand`` itself:
 
-- below the native width, rows A (N, D) of the residual stream, x' = A x, of which a narrower width takes the leading ones
-  (LeTs' nested rows, arXiv NeurIPS 2024, read downwards), so that every narrower stream is a part of a wider one;
+- below the native width, rows A (N, D) of the residual stream, x' = A x, of which a narrower width takes the leading
+  ones (LeTs' nested rows, arXiv NeurIPS 2024, read downwards), so that every narrower stream is a part of a wider one;
 - for chosen widths, the gains and biases of every LayerNorm, the one place where a resized ViT is not the native one.
 
-The loss is the mean squared error between the native model's last features and those of the resized one, brought back to
-D channels (below: by A's pseudo-inverse; above: each copy is compared with its original), over random depths.
+The loss is the mean squared error between the native model's last features and those of the resized one, brought back
+to D channels (below: by A's pseudo-inverse; above: each copy is compared with its original), over random depths.
 
 Source: our design, after LeTs (Xia et al., NeurIPS 2024) and LiGO (Wang et al., ICLR 2023).
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from learngene_hub import transforms
 from learngene_hub.data import Augment, Images, normalise, seed_of
 from learngene_hub.errors import SettingsError
+from learngene_hub.factory import expand
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods import Method, get_method
 from learngene_hub.shape import ViTShape
@@ -135,8 +137,11 @@ def measure_scores(learngene: Learngene, images: Images, settings: Widening) -> 
     Positions without a stored block get zeros.
     """
     native = learngene.shape
-    model, positions = _native_model(learngene, images.pixels.shape[-1])
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))[: settings.score_images]
+    positions = transforms.stored_positions(learngene.tensors)
+    model = _native_model(learngene, len(positions), images.pixels.shape[-1])
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))[
+        : settings.score_images
+    ]
     x = normalise(images.pixels[chosen], learngene.preprocessing)
     heads, hidden = torch.zeros(native.depth, native.heads), torch.zeros(native.depth, native.hidden)
     stream = torch.zeros(native.width)
@@ -144,7 +149,12 @@ def measure_scores(learngene: Learngene, images: Images, settings: Widening) -> 
     hooks = [
         module.register_forward_pre_hook(lambda _, args, name=f"{place}.{part}": seen.update({name: args[0]}))
         for place, block in enumerate(model.blocks)
-        for part, module in (("proj", block.attn.proj), ("fc2", block.mlp.fc2), ("qkv", block.attn.qkv), ("fc1", block.mlp.fc1))
+        for part, module in (
+            ("proj", block.attn.proj),
+            ("fc2", block.mlp.fc2),
+            ("qkv", block.attn.qkv),
+            ("fc1", block.mlp.fc1),
+        )
     ]
     features = model.forward_features(x)
     for hook in hooks:
@@ -165,12 +175,9 @@ def measure_scores(learngene: Learngene, images: Images, settings: Widening) -> 
     return {"stream": stream, "heads": heads, "hidden": hidden}
 
 
-def _native_model(learngene: Learngene, size: int) -> tuple[nn.Module, tuple[int, ...]]:
-    """The learngene's own blocks at the native width, without a head, and their positions."""
-    from learngene_hub.factory import expand
-
-    positions = transforms.stored_positions(learngene.tensors)
-    return expand(learngene, depth=len(positions), num_labels=1, image_size=size), positions
+def _native_model(learngene: Learngene, depth: int, size: int) -> Any:
+    """The model of the native width and this depth, for images of ``size`` pixels; its head is of no account."""
+    return expand(learngene, depth=depth, num_labels=1, image_size=size)
 
 
 class _Stage:
@@ -179,9 +186,10 @@ class _Stage:
     def __init__(self, learngene: Learngene, images: Images, settings: Widening) -> None:
         self.learngene, self.images, self.settings = learngene, images, settings
         self.method: Method = get_method(learngene.method, learngene.settings)
-        self.teacher, self.positions = _native_model(learngene, images.pixels.shape[-1])
-        self.teacher.requires_grad_(False)
+        self.positions = transforms.stored_positions(learngene.tensors)
+        self.teachers: dict[int, Any] = {}
         self.augment = Augment(flip=settings.flip, crop_padding=settings.crop_padding)
+        self.models: dict[ViTShape, _Features] = {}  # built on the meta device; their weights are given at each call
         self.learned = self._start()
 
     def _start(self) -> dict[str, nn.Parameter]:
@@ -192,7 +200,8 @@ class _Stage:
             learned["rows"] = nn.Parameter(torch.eye(native.width)[order[: self.settings.rows]])
         started = _with_width(self.learngene, learned)
         for width in self.settings.widths:
-            grown = self.method.expand(started, self._shape(width, len(self.positions)))
+            shape = replace(self._shape(width, len(self.positions)), classes=0)
+            grown: dict[str, Any] = dict(self.method.expand(started, shape))
             for kind, key in (("gain", "weight"), ("bias", "bias")):
                 table = torch.zeros(2 * native.depth + 1, width)
                 for place, position in enumerate(self.positions):
@@ -224,8 +233,7 @@ class _Stage:
         """Mean squared error of the last features, relative to their own mean square."""
         width, depth, x = batch
         native = self.learngene.shape
-        with torch.no_grad():
-            wanted = self._features(self.learngene, native.width, depth, x)
+        wanted = self._wanted(depth, x)
         grown = _with_width(self.learngene, self.learned)
         got = self._features(grown, width, depth, x)
         if width > native.width:
@@ -237,16 +245,26 @@ class _Stage:
             error = got - wanted[..., index]
         return error.square().mean() / wanted.square().mean()
 
+    @torch.no_grad()
+    def _wanted(self, depth: int, x: Tensor) -> Tensor:
+        """All tokens (B, N, D) after the last norm, of the native-width model of ``depth`` that the learngene grows."""
+        if depth not in self.teachers:
+            self.teachers[depth] = _native_model(self.learngene, depth, x.shape[-1]).to(x.device)
+        return self.teachers[depth].forward_features(x)
+
     def _features(self, learngene: Learngene, width: int, depth: int, x: Tensor) -> Tensor:
         """All tokens (B, N, width) after the last norm, of the model that ``learngene`` grows."""
-        shape = self._shape(width, depth)
-        state = {k: v.to(x.device) for k, v in self.method.expand(learngene, shape).items() if v is not None}
-        model = _bare(shape)
-        return torch.func.functional_call(model, {f"inner.{k}": v for k, v in state.items()}, (x,))
+        shape = replace(self._shape(width, depth), classes=0)
+        if shape not in self.models:
+            self.models[shape] = _Features(shape.build(device="meta"))
+        state = {name: tensor for name, tensor in self.method.expand(learngene, shape).items() if tensor is not None}
+        return torch.func.functional_call(self.models[shape], {f"inner.{k}": v for k, v in state.items()}, (x,))
 
 
 class _Features(nn.Module):
     """A model whose forward is the features of all tokens."""
+
+    inner: Any
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -254,7 +272,3 @@ class _Features(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner.forward_features(x)
-
-
-def _bare(shape: ViTShape) -> _Features:
-    return _Features(replace(shape, classes=0).build(device="meta"))

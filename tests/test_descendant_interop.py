@@ -254,7 +254,7 @@ def test_trainer_saves_the_same_layout_resumes_and_evaluates(tmp_path: Path) -> 
     assert saved.config.id2label == ANIMALS
 
 
-@pytest.mark.filterwarnings("ignore:.*Use `activation_checkpointing:FutureWarning")  # the old name works in all versions
+@pytest.mark.filterwarnings("ignore:.*Use `activation_checkpointing:FutureWarning")
 def test_trainer_with_gradient_checkpointing(tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         plain, kept = tiny(), tiny()

@@ -36,7 +36,7 @@ class Twice:
         if not self.scale > 0:
             raise SettingsError(f"scale {self.scale!r} asked; it must be above 0")
 
-    def extract(self, ancestor, data, *, facts, preprocessing):
+    def extract(self, ancestor, data, *, facts, preprocessing, watch):
         shape = ViTShape.of(ancestor)
         tensors = {f"all.{k}": v.detach().clone() for k, v in ancestor.state_dict().items()
                    if not k.startswith("head") and (not k.startswith("blocks.") or k.startswith("blocks.0."))}

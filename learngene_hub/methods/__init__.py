@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
 from types import MappingProxyType
 from typing import Any
@@ -30,8 +31,14 @@ def _table() -> Mapping[str, type]:
     for point in entry_points(group=ENTRY_POINTS):
         if point.name in table:
             raise SettingsError(f"the package {_package(point)} offers a method named {point.name!r}, which is taken")
-        offered = point.load()
-        if not isinstance(offered, type) or getattr(offered, "name", None) != point.name:
+        try:
+            offered = point.load()
+        except Exception as error:  # whatever importing foreign code raises
+            raise SettingsError(
+                f"the entry point {point.name!r} of {_package(point)} cannot be loaded: {error}"
+            ) from error
+        has = all(callable(getattr(offered, verb, None)) for verb in ("extract", "expand", "check"))
+        if not isinstance(offered, type) or getattr(offered, "name", None) != point.name or not has:
             raise SettingsError(f"the entry point {point.name!r} of {_package(point)} is not a method of that name")
         table[point.name] = offered
     return MappingProxyType(table)
@@ -52,12 +59,12 @@ def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
     """
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
         raise SettingsError(f"unknown method {name!r}{hint} known methods: {', '.join(sorted(METHODS))}")
     try:
         return METHODS[name](**(settings or {}))
     except TypeError as error:
-        known = ", ".join(METHODS[name].__dataclass_fields__)
+        known = ", ".join(field.name for field in fields(METHODS[name])) if is_dataclass(METHODS[name]) else "none"
         raise SettingsError(f"settings of {name}: {error}; it has {known}") from error
 
 

@@ -1,8 +1,8 @@
 """LSAMD's searchable super ancestor and the path search in it; the method itself is in ``lsamd.py``.
 
-For data set t and position l there are two candidates: the base block B_l, which all data sets share, followed by the data
-set's own adapter DAD_tl(z) = z + U GELU(V LN(z)); and a specific block S_tl. At the start S_tl is a copy of B_l and U is
-zero, so every path of every data set computes the ancestor. Path logits alpha (T, L, K) are searched by Gumbel
+For data set t and position l there are two candidates: the base block B_l, which all data sets share, followed by the
+data set's own adapter DAD_tl(z) = z + U GELU(V LN(z)); and a specific block S_tl. At the start S_tl is a copy of B_l
+and U is zero, so every path of every data set computes the ancestor. Path logits alpha (T, L, K) are searched by Gumbel
 straight-through: g = onehot(argmax(alpha + G)), with the gradient of softmax((alpha + G) / tau), and
 z_(l+1) = z_l + g_k (O_lk(z_l) - z_l).
 
@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from learngene_hub.errors import SettingsError
+from learngene_hub.transforms import resample_positions
 
 BASE, SPECIFIC, SKIP = 0, 1, 2
 ADAPTERS = ("bottleneck", "linear")
@@ -68,6 +70,11 @@ class SuperAncestor(nn.Module):
         candidates: 2, or 3 with the candidate "skip".
     """
 
+    base: Any  # timm's VisionTransformer
+    specific: Any  # T x L blocks
+    adapters: Any  # T x L
+    heads: Any  # T
+
     def __init__(
         self, ancestor: nn.Module, classes: Sequence[int], *, adapter: str, rank: int, candidates: int = 2
     ) -> None:
@@ -85,8 +92,14 @@ class SuperAncestor(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(len(classes), len(blocks), candidates))
 
     def stem(self, x: Tensor) -> Tensor:
-        """Images (B, C, S, S) -> tokens (B, N, D)."""
-        return self.base.norm_pre(self.base.patch_drop(self.base._pos_embed(self.base.patch_embed(x))))
+        """Images (B, C, S, S) of any size divisible by the patch -> tokens (B, N, D)."""
+        base, prefix = self.base, self.base.num_prefix_tokens
+        kernel = base.patch_embed.proj
+        patches = kernel(x).flatten(2).transpose(1, 2)
+        positions = resample_positions(base.pos_embed, x.shape[-1] // kernel.kernel_size[0], prefix)
+        if base.cls_token is not None:
+            patches = torch.cat([base.cls_token.expand(len(x), -1, -1), patches], dim=1)
+        return patches + positions
 
     def candidate(self, z: Tensor, task: int, position: int, branch: int) -> Tensor:
         """O_(l,k)(z) of one data set: (B, N, D) -> (B, N, D)."""
@@ -135,7 +148,7 @@ def gumbel_gates(alpha_LK: Tensor, tau: float, generator: torch.Generator) -> Te
     noisy = alpha_LK - torch.log(-torch.log(uniform))
     soft = (noisy / tau).softmax(-1)
     hard = nn.functional.one_hot(noisy.argmax(-1), alpha_LK.shape[-1]).to(soft)
-    return hard + soft - soft.detach()
+    return hard + (soft - soft.detach())
 
 
 def uniform_path(positions: int, candidates: int, generator: torch.Generator) -> list[int]:
@@ -168,12 +181,20 @@ def _distance(position: int, taken: Sequence[int], last: int) -> int:
 
 
 def evolve_path(
-    score: Callable[[list[int]], float], length: int, *, generator: torch.Generator, population: int = 50, generations: int = 20, exhaustive: int = 128
+    score: Callable[[list[int]], float],
+    length: int,
+    *,
+    generator: torch.Generator,
+    population: int = 50,
+    generations: int = 20,
+    exhaustive: int = 128,
 ) -> tuple[list[int], list[float]]:
-    """The best path in {0, 1}^length under ``score`` (path -> float), and the share of base per position among the best.
+    """The best path in {0, 1}^length under ``score`` (path -> float), and the share of base per position among the
+    best.
 
-    All paths are tried when there are at most ``exhaustive`` (the best tenth counts); otherwise evolution: the better half stays, children take
-    each gene of the first parent with probability 1 - 0.25 (crossover) and flip with probability 0.1.
+    All paths are tried when there are at most ``exhaustive`` (the best tenth counts); otherwise evolution: the better
+    half stays, children take each gene of the first parent with probability 1 - 0.25 (crossover) and flip with
+    probability 0.1.
     """
     if 2**length <= exhaustive:
         paths = [[(code >> i) & 1 for i in range(length)] for code in range(2**length)]

@@ -1,11 +1,13 @@
 """LSAMD's training: three phases over T data sets in one run of ``fit``.
 
-A (warm-up): uniform paths. B (search): sampled paths for the weights on split A of the data; every ``alpha_every`` updates
-one step of the path logits on split B, first-order bilevel, with every candidate evaluated. C: the found paths, all data.
-Each update sums the losses of one batch of every data set, so that the base blocks see an unbiased mix.
+A (warm-up): uniform paths. B (search): sampled paths for the weights on split A of the data; every ``alpha_every``
+updates one step of the path logits on split B, first-order bilevel, with every candidate evaluated. C: the found
+paths, all data. Each update sums the losses of one batch of every data set, so that the base blocks see an unbiased
+mix.
 
-The share of specific blocks is kept near s* by a dual variable, lambda <- clip(lambda + eta (s - s*), -limit, limit) once
-per epoch, because a constant penalty can drive every data set to the base everywhere, which leaves no frequencies to read.
+The share of specific blocks is kept near s* by a dual variable, lambda <- clip(lambda + eta (s - s*), -limit, limit)
+once per epoch, because a constant penalty can drive every data set to the base everywhere, which leaves no frequencies
+to read.
 
 Source: our reading of arXiv:2605.08209 (see ``lsamd.py``).
 """
@@ -29,6 +31,7 @@ from learngene_hub.methods._lsamd_search import (
     SuperAncestor,
     evolve_path,
     gumbel_gates,
+    rank_positions,
     uniform_path,
 )
 from learngene_hub.shape import Preprocessing, ViTShape
@@ -57,7 +60,7 @@ class _Batch:
     x: Tensor  # (B, C, S, S) normalised, augmented
     y: Tensor  # (B,)
     teacher: Tensor | None  # (B, classes of the ancestor) logits of the ancestor, where this batch has them
-    alone: bool  # the base blocks alone, an evenly spaced part of them, instead of a path
+    alone: tuple[int, ...]  # these base blocks alone; empty: a path
 
 
 @dataclass
@@ -95,7 +98,7 @@ class _Search:
 
     @property
     def phase(self) -> str:
-        """"A", "B" or "C", of the update that comes next; the fallback search has no B."""
+        """ "A", "B" or "C", of the update that comes next; the fallback search has no B."""
         if self.method.search == "spos_ea":
             return "A"
         warm = self.method.warmup_share * self.steps
@@ -124,14 +127,39 @@ class _Search:
         """An augmented batch of one data set: of split B with salt 1, else of split A (in phase C of both)."""
         generator = self.generator(index, salt)
         images = task.paths if salt else task.whole if self.phase == "C" else task.weights
-        alone = not salt and float(torch.rand((), generator=generator)) < self.method.shallow
-        taught = task.teacher if not salt and (alone or not self.method.shallow) else None
-        among = len(images) if taught is None else len(taught)  # split A comes first in ``whole``
+        alone = () if salt else self._alone(generator)
+        taught = task.teacher if not salt and (alone or not self.method.alone) else None
+        among = len(taught) if taught is not None and alone else len(images)  # split A comes first in ``whole``
         rows = torch.randint(among, (min(task.batch, among),), generator=generator)
         x = normalise(self.augment(images.pixels[rows].float() / 255, generator), self.preprocessing)
+        if alone and float(torch.rand((), generator=generator)) < self.method.zoom:
+            x = nn.functional.interpolate(x, scale_factor=2, mode="bicubic", antialias=True)
         device = self.model.alpha.device
-        heard = None if taught is None else taught[rows].to(device)
+        heard = None
+        if taught is not None:  # NaN: an image that the ancestor did not see
+            heard = torch.full((len(rows), taught.shape[1]), math.nan)
+            heard[rows < len(taught)] = taught[rows[rows < len(taught)]]
+            heard = heard.to(device)
         return _Batch(index, x.to(device), images.labels[rows].to(device), heard, alone)
+
+    def _alone(self, generator: torch.Generator) -> tuple[int, ...]:
+        """The base blocks of a loss without a path; none if this one has a path.
+
+        A part of them is what a descendant takes: evenly spaced, and in phase C half of the time the best ranked.
+        """
+        depth = self.model.alpha.shape[1]
+        alone, shallow, ranked = torch.rand(3, generator=generator).tolist()
+        if alone >= self.method.alone:
+            return ()
+        if shallow >= self.method.shallow or depth < 4:
+            return tuple(range(depth))
+        count = int(torch.randint(3, depth, (), generator=generator))
+        if self.phase == "C" and ranked < 0.5:
+            alpha = self.alpha()
+            frequency = (alpha.argmax(-1) == BASE).float().mean(0)
+            order = rank_positions(frequency.tolist(), alpha.softmax(-1)[..., BASE].mean(0).tolist())
+            return tuple(sorted(order[:count]))
+        return transforms.even_positions(depth, count)
 
     def loss(self, model: nn.Module, batches: Sequence[_Batch]) -> Tensor:
         """The sum over data sets of CE along this update's path, and of beta KL(ancestor || path) where it is asked."""
@@ -140,16 +168,16 @@ class _Search:
     def _task_loss(self, batch: _Batch) -> Tensor:
         generator = self.generator(batch.task, 2)
         head = self.model.heads[batch.task]
-        depth = self.model.alpha.shape[1]
         if batch.alone:
-            count = int(torch.randint(2, depth + 1, (), generator=generator)) if depth > 2 else depth
-            features = self.model.ancestral(batch.x, transforms.even_positions(depth, count))
+            features = self.model.ancestral(batch.x, batch.alone)
         else:
             features = self._path_features(batch, generator)
         loss = nn.functional.cross_entropy(head(features), batch.y)
         if self.method.distil and batch.teacher is not None:
-            said = self.model.base.head(features)
-            loss = loss + self.method.distil * distillation_loss(said, batch.teacher, 1.0)
+            taught = batch.teacher[:, 0].isfinite()
+            if bool(taught.any()):
+                said = self.model.base.head(features[taught])
+                loss = loss + self.method.distil * distillation_loss(said, batch.teacher[taught], 1.0)
         return loss
 
     def _path_features(self, batch: _Batch, generator: torch.Generator) -> Tensor:
@@ -250,18 +278,23 @@ def train(
         classes = [len(images.classes) for images in data.values()]
         candidates = 3 if method.allow_skip else 2
         model = SuperAncestor(base, classes, adapter=method.adapter, rank=rank, candidates=candidates)
-    teacher, _ = _at_size(ancestor, native, method.distil_size)
+    teacher = _at_size(ancestor, native, method.distil_size)[0] if method.distil and method.distil_on else ancestor
     tasks = _tasks(method, teacher, splits, preprocessing)
     largest = max(len(task.weights) / task.batch for task in tasks)
     per_epoch = method.steps_per_epoch or math.ceil(largest)
     search = _Search(method, model, tasks, preprocessing, method.epochs * per_epoch, per_epoch)
     recipe = Recipe(
-        epochs=method.epochs, lr=method.lr, batch_size=sum(task.batch for task in tasks), clip=method.clip,
+        epochs=method.epochs, lr=method.lr or 1.0, batch_size=sum(task.batch for task in tasks), clip=method.clip,
         weight_decay=method.weight_decay, schedule="cosine", warmup=0.05, precision=method.precision, seed=method.seed,
     )  # fmt: skip
     before = {name: value.detach().clone() for name, value in model.base.state_dict().items()}
     steps = fit(
-        model, search.batches, search.loss, recipe=recipe, steps_per_epoch=per_epoch, groups=_groups(method, model, size == native.image_size)
+        model,
+        search.batches,
+        search.loss,
+        recipe=recipe,
+        steps_per_epoch=per_epoch,
+        groups=_groups(method, model, size == native.image_size),
     )
     seconds = 0.0
     for step in watch(steps):
@@ -272,7 +305,9 @@ def train(
 
 def _common_size(method: Lsamd, data: Mapping[str, Images]) -> int:
     if len(data) < 2:
-        raise SettingsError(f"{len(data)} data sets asked; LSAMD needs at least 2, and 5 for frequencies finer than 20 %")
+        raise SettingsError(
+            f"{len(data)} data sets asked; LSAMD needs at least 2, and 5 for frequencies finer than 20 %"
+        )
     sizes = {name: images.pixels.shape[-1] for name, images in data.items()}
     if len(set(sizes.values())) > 1:
         raise SettingsError(f"images of different sizes asked, {sizes}; load all with one size")
@@ -325,7 +360,6 @@ def _joined(first: Images, second: Images) -> Images:
 def _groups(method: Lsamd, model: SuperAncestor, positions: bool) -> list[dict[str, Any]]:
     """Parameter groups: the base slow or frozen, the rest fast; decay on matrices alone; alpha in none."""
     model.base.pos_embed.requires_grad_(positions and not method.freeze_base)
-    model.base.head.requires_grad_(False)
     if method.freeze_base:
         model.base.requires_grad_(False)
     groups: list[dict[str, Any]] = []
@@ -337,9 +371,7 @@ def _groups(method: Lsamd, model: SuperAncestor, positions: bool) -> list[dict[s
         ]
         for decays in (True, False):
             chosen = [
-                p
-                for name, p in named
-                if (p.dim() > 1 and not name.endswith(("pos_embed", "cls_token"))) == decays
+                p for name, p in named if (p.dim() > 1 and not name.endswith(("pos_embed", "cls_token"))) == decays
             ]
             if chosen:
                 decay = method.weight_decay if decays else 0.0
@@ -359,6 +391,8 @@ def _found(
     if method.search == "spos_ea":
         paths, probability = _evolved(search)
     state = dict(search.mean or model.base.state_dict())
+    if method.blend != 1.0:
+        state = {name: torch.lerp(before[name], value, method.blend) for name, value in state.items()}
     drift = _drift(before, state)
     if size != native.image_size:
         state["pos_embed"] = own
@@ -370,7 +404,9 @@ def _found(
         "images_seen": search.step * sum(task.batch for task in search.tasks),
         "seconds": round(seconds, 1),
         "base_rate": [round(float(f), 4) for f in frequency],
-        "paths": {task.name: "".join("BSX"[k] for k in path) for task, path in zip(search.tasks, paths.tolist(), strict=True)},
+        "paths": {
+            task.name: "".join("BSX"[k] for k in path) for task, path in zip(search.tasks, paths.tolist(), strict=True)
+        },
         "drift": round(drift, 4),
         "log": search.log,
     }
@@ -380,7 +416,7 @@ def _found(
 def _drift(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> float:
     """How far the base moved: |after - before| / |before| over all its blocks."""
     names = [name for name in before if name.startswith("blocks.")]
-    moved = sum(float((after[name] - before[name]).square().sum()) for name in names)
+    moved = sum(float((after[name].cpu() - before[name].cpu()).square().sum()) for name in names)
     return math.sqrt(moved / sum(float(before[name].square().sum()) for name in names))
 
 

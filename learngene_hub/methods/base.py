@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from learngene_hub.data import Images
 from learngene_hub.learngene import Learngene
 from learngene_hub.shape import Preprocessing, ViTShape
+from learngene_hub.training import Step
 
 
 @runtime_checkable
@@ -25,9 +26,18 @@ class Method(Protocol):
     groups: ClassVar[frozenset[str]]
 
     def extract(
-        self, ancestor: nn.Module, data: Mapping[str, Images], *, facts: Mapping[str, Any], preprocessing: Preprocessing
+        self,
+        ancestor: nn.Module,
+        data: Mapping[str, Images],
+        *,
+        facts: Mapping[str, Any],
+        preprocessing: Preprocessing,
+        watch: Callable[[Iterator[Step]], Iterator[Step]],
     ) -> Learngene:
-        """The learngene of ``ancestor`` (a timm ViT), found with the images of ``data`` (name -> images)."""
+        """The learngene of ``ancestor`` (a timm ViT), found with the images of ``data`` (name -> images).
+
+        ``watch`` is handed the steps of every training loop and passes them on: a progress bar, a log.
+        """
         ...
 
     def expand(self, learngene: Learngene, shape: ViTShape) -> dict[str, Tensor | None]:

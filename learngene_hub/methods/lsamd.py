@@ -1,12 +1,13 @@
 """LSAMD: the blocks that several data sets agree on, searched in a super ancestor.
 
-Learngene = the base blocks G that the searched paths of T data sets choose most often, f_l = (1/T) sum_t [path_tl = base],
-after they were trained on all T data sets; with the stem and the last norm. A descendant of depth L' takes the L' best of
-them in depth order, or, beyond the number kept, for its block j the one of G nearest to j (L-1) / (L'-1).
+Learngene = the base blocks G that the searched paths of T data sets choose most often, f_l = (1/T) sum_t [path_tl =
+base], after they were trained on all T data sets; with the stem and the last norm. A descendant of depth L' takes the
+L' best of them in depth order, or, beyond the number kept, for its block j the one of G nearest to j (L-1) / (L'-1).
 
-Source: Shi, Zhou, Liu, Yang, Wang, Geng, "LSAMD", arXiv:2605.08209. Only the abstract could be read: a super ancestor with
-dataset-specific blocks and dataset adapters, one searched path per data set, the base blocks chosen most often across data
-sets initialise descendants of several depths. Everything more exact than that is our reading. The search itself is in
+Source: Shi, Zhou, Liu, Yang, Wang, Geng, "LSAMD", arXiv:2605.08209. Only the abstract could be read: a super ancestor
+with dataset-specific blocks and dataset adapters, one searched path per data set, the base blocks chosen most often
+across data sets initialise descendants of several depths. Everything more exact than that is our reading. The search
+itself is in
 ``_lsamd_search.py``, the training in ``_lsamd_training.py``.
 
 The paper varies depth alone; width comes from the shared width transform (``transforms.py``) and is our addition.
@@ -14,6 +15,7 @@ The paper varies depth alone; width comes from the shared width transform (``tra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -34,7 +36,11 @@ _CHOICES = {
     "select": ("frequency", "even"),
     "fill": ("nearest", "random"),
     "form": transforms.FORMS,
+    "precision": ("fp32", "bf16", "fp16"),
 }
+_SHARES = (
+    "held_out", "warmup_share", "search_share", "specific_share", "alone", "shallow", "zoom", "average", "blend",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +82,13 @@ class Lsamd:
     distil_on: tuple[str, ...] = ()  # the data sets that it is computed on
     distil_size: int = 224  # pixels at which the ancestor sees them
     distil_limit: int = 0  # images per data set that the ancestor sees; 0: all
-    shallow: float = 0.0  # share of the losses on an evenly spaced part of the base blocks alone; then KL on these alone
+    alone: float = (
+        0.0  # share of the losses on the base blocks alone, without a path; then KL on these alone (addition)
+    )
+    shallow: float = 0.0  # share of those on a part of the base blocks, as a descendant of a random depth has
+    zoom: float = 0.0  # share of those on images of twice the size
     average: float = 0.0  # decay per update of a running mean of the base's weights, stored instead of the last; 0: off
+    blend: float = 1.0  # what is stored: ancestor + blend (trained - ancestor) (WiSE-FT, Wortsman et al., CVPR 2022)
     flip: bool = True  # mirror images at random
     crop_padding: int = 4  # pixels by which a random crop moves
     precision: str = "fp32"
@@ -86,25 +97,34 @@ class Lsamd:
     keep: int = 0  # K blocks kept; 0: all that at least half of the data sets chose, and no fewer than 3
     # Growth.
     select: str = "frequency"  # which blocks a smaller depth takes: the most frequent, or evenly spaced ("base-even")
-    fill: str = "nearest"  # what a larger depth repeats: the nearest block, or fresh blocks between ("vanilla learngene")
+    fill: str = (
+        "nearest"  # what a larger depth repeats: the nearest block, or fresh blocks between ("vanilla learngene")
+    )
     form: str = "copy"  # the width transform's form
 
     def __post_init__(self) -> None:
+        if isinstance(self.distil_on, str):
+            raise SettingsError(f"distil_on {self.distil_on!r} asked; it is a list of names")
         object.__setattr__(self, "distil_on", tuple(self.distil_on))
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise SettingsError(f"{name} {getattr(self, name)!r} asked; there are {', '.join(known)}")
         for name in ("epochs", "batch_size", "alpha_every", "alpha_epochs", "distil_size"):
-            _require(name, getattr(self, name), at_least=1)
-        for name in ("keep", "steps_per_epoch", "adapter_rank", "crop_padding", "base_lr", "lr", "weight_decay", "distil"):
+            _require(name, getattr(self, name), at_least=1, whole=True)
+        for name in ("keep", "steps_per_epoch", "adapter_rank", "crop_padding", "distil_limit", "seed"):
+            _require(name, getattr(self, name), at_least=0, whole=True)
+        for name in ("base_lr", "lr", "alpha_lr", "weight_decay", "distil", "control_rate", "control_limit", "entropy"):
             _require(name, getattr(self, name), at_least=0)
-        for name in ("held_out", "warmup_share", "search_share", "specific_share", "shallow", "average"):
+        for name in _SHARES:
             _require(name, getattr(self, name), at_least=0, at_most=1)
         for name in ("tau_start", "tau_end", "clip"):
+            _require(name, getattr(self, name), at_least=0)
             if not getattr(self, name) > 0:
                 raise SettingsError(f"{name} {getattr(self, name)!r} asked; it must be above 0")
         if self.allow_skip and self.search == "spos_ea":
-            raise SettingsError("allow_skip asked with search 'spos_ea', which knows two candidates; 'gumbel' knows three")
+            raise SettingsError(
+                "allow_skip asked with search 'spos_ea', which knows two candidates; 'gumbel' knows three"
+            )
         if self.warmup_share + self.search_share > 1:
             raise SettingsError("warmup_share and search_share asked; together they are at most 1")
 
@@ -119,9 +139,9 @@ class Lsamd:
     ) -> Learngene:
         """The learngene of ``ancestor`` found on the data sets ``data``, all of one image size.
 
-        Looks at activations and gradients itself only through the losses of ``fit``. The position embeddings are trained
-        only when the images have the ancestor's own size: otherwise they are resampled for training and stored as they
-        were, because a descendant may have any image size (our reading).
+        Looks at activations and gradients itself only through the losses of ``fit``. The position embeddings are
+        trained only when the images have the ancestor's own size: otherwise they are resampled for training and stored
+        as they were, because a descendant may have any image size (our reading).
 
         Args:
             facts: ``name``, ``sha256``, ``license`` and ``source`` of the ancestor.
@@ -137,11 +157,14 @@ class Lsamd:
         found = train(self, ancestor, native, data, preprocessing, watch)
         ranked = rank_positions(found.frequency.tolist(), found.probability.tolist())
         count = self.keep or max(3, sum(f >= 0.5 for f in found.frequency.tolist()))
-        kept = sorted(ranked[: min(count, native.depth)])
+        count = min(count, native.depth)
+        even = transforms.even_positions(native.depth, count)
+        kept = sorted(ranked[:count]) if self.select == "frequency" else list(even)
         state = found.state
         tensors = {f"stem.{key}": state[key] for key in sorted(state) if key in transforms.STEM_KEYS}
         tensors |= {f"block.{i}.{key}": state[f"blocks.{i}.{key}"] for i in kept for key in transforms.BLOCK_KEYS}
-        tensors |= {f"tail.{key}": state[key] for key in ("norm.weight", "norm.bias")}
+        norm = "norm" if native.pool == "token" else "fc_norm"  # timm's name for it after average pooling
+        tensors |= {f"tail.norm.{kind}": state[f"{norm}.{kind}"] for kind in ("weight", "bias")}
         tensors |= {
             "search.alpha": found.alpha,
             "search.frequency": found.frequency,
@@ -176,7 +199,7 @@ class Lsamd:
         if self.fill == "nearest":
             return transforms.nearest_positions(kept, native, depth)
         places: list[int | None] = [None] * depth
-        for rank, place in enumerate(transforms.even_positions(depth, len(kept))):
+        for rank, place in enumerate(transforms.relative_positions(kept, native, depth)):
             places[place] = kept[rank]
         return tuple(places)
 
@@ -201,7 +224,9 @@ class Lsamd:
         state["pos_embed"] = transforms.resample_positions(stem["pos_embed"], side, prefix)
         blocks = {i: learngene.group(f"block.{i}") for i in transforms.stored_positions(learngene.tensors)}
         for place, position in enumerate(self.positions(learngene, shape.depth)):
-            part = dict.fromkeys(transforms.BLOCK_KEYS) if position is None else resize.block(blocks[position], position)
+            part = (
+                dict.fromkeys(transforms.BLOCK_KEYS) if position is None else resize.block(blocks[position], position)
+            )
             state |= {f"blocks.{place}.{key}": tensor for key, tensor in part.items()}
         norm = "norm" if shape.pool == "token" else "fc_norm"
         tail = resize.norm({k: learngene.tensors[f"tail.norm.{k}"] for k in ("weight", "bias")})
@@ -227,12 +252,20 @@ def _require_same(native: ViTShape, shape: ViTShape) -> None:
     """Refuse a shape that differs from the native one in what this method cannot change."""
     for name in ("patch", "class_token", "pool", "head_dim", "mlp_ratio"):
         have, asked = getattr(native, name), getattr(shape, name)
+        if name == "mlp_ratio" and shape.hidden == int(shape.width * native.mlp_ratio):
+            continue  # the same hidden units; the shortest decimal of the ratio depends on the width
         if have != asked:
-            raise ShapeError(f"{name} {asked} asked; this learngene has {have}, which lsamd cannot change: {have} would work")
+            raise ShapeError(
+                f"{name} {asked} asked; this learngene has {have}, which lsamd cannot change: {have} would work"
+            )
 
 
-def _require(name: str, value: float, *, at_least: float, at_most: float | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < at_least:
+def _require(name: str, value: float, *, at_least: float, at_most: float | None = None, whole: bool = False) -> None:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int if whole else (int, float))
+        or not at_least <= value < math.inf
+    ):
         raise SettingsError(f"{name} {value!r} asked; {at_least} is the least that works")
     if at_most is not None and value > at_most:
         raise SettingsError(f"{name} {value!r} asked; {at_most} is the most that works")
