@@ -12,12 +12,15 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from learngene_hub import errors
 from learngene_hub._output import Format, Output, may_color
+
+if TYPE_CHECKING:
+    import torch
 
 NEXT: Mapping[type, str] = {  # error -> the command that helps; the nearest class counts
     errors.LearngeneError: "learngene --help",
@@ -135,6 +138,22 @@ def require_new(out: Output, path: Path, *, yes: bool) -> None:
     if not out.interactive:
         raise errors.StoreError(f"{path} is there already; --yes writes over it, another name keeps it")
     typer.confirm(f"{path} is there already. Write over it?", abort=True, err=True)
+
+
+NUMBER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def require_dtype(name: str) -> torch.dtype:
+    """The dtype of this name.
+
+    Raises:
+        SettingsError: there is no such dtype.
+    """
+    import torch
+
+    if name not in NUMBER_BYTES:
+        raise errors.SettingsError(f"dtype {name!r} asked; there are {', '.join(NUMBER_BYTES)}")
+    return getattr(torch, name)
 
 
 def read_settings(config: Path | None, pairs: Sequence[str]) -> dict[str, Any]:

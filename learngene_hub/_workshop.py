@@ -15,6 +15,7 @@ from learngene_hub._command import (
     DataOption,
     DepthOption,
     DeviceOption,
+    DtypeOption,
     LimitOption,
     PrecisionOption,
     SeedOption,
@@ -22,6 +23,7 @@ from learngene_hub._command import (
     WidthOption,
     YesOption,
     read_settings,
+    require_dtype,
     require_new,
 )
 from learngene_hub._output import Output
@@ -29,7 +31,7 @@ from learngene_hub._output import Output
 if TYPE_CHECKING:
     from learngene_hub.data import Images
     from learngene_hub.descendant import Descendant
-    from learngene_hub.shape import Preprocessing, ViTShape
+    from learngene_hub.shape import ViTShape
 
 GROWN_SIZE = 64  # pixels of a model that finetune grows itself, where --size is left out
 STATE = "training-state"  # folder inside --out that an interrupted run leaves and --resume reads
@@ -47,6 +49,11 @@ def extract(
     pairs: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; repeat it.")
     ] = None,
+    widening: Annotated[
+        list[str] | None,
+        typer.Option("--widen", metavar="KEY=VALUE", help="Add the width stage, with one of its settings; repeat it."),
+    ] = None,
+    dtype: DtypeOption = "float32",
     size: Annotated[int, typer.Option("--size", help="Side of the images, pixels.")] = GROWN_SIZE,
     split: Annotated[str, typer.Option("--split", help="The split of each data set to use.")] = "train",
     limit: LimitOption = None,
@@ -58,13 +65,16 @@ def extract(
 
     \b
     learngene extract lsamd timm/deit_tiny_patch16_224.fb_in1k --data signdigits --data photos/ --size 64 \\
-        --set epochs=10 --out my-learngene
+        --set epochs=10 --widen widths=[64,128] --widen rows=128 --dtype float16 --out my-learngene
     """
     from learngene_hub import factory, methods
     from learngene_hub.data import load_images
     from learngene_hub.training import show_progress
+    from learngene_hub.widening import Widening, widen
 
     settings = read_settings(config, pairs or [])
+    stage = Widening.from_dict(read_settings(None, widening)) if widening else None
+    number = require_dtype(dtype)
     methods.get_method(method, settings)  # refuses a wrong setting before anything is read
     require_new(out, path, yes=yes)
     from learngene_hub.descendant import Descendant
@@ -83,9 +93,12 @@ def extract(
         images,
         settings=settings,
         facts={"name": Path(ancestor).name, "source": ancestor, "license": ancestor_license},
-        preprocessing=_preprocessing(model),
+        preprocessing=model.preprocessing,
         watch=show_progress,
     )
+    if stage:
+        learngene = widen(learngene, images, stage, watch=show_progress)
+    learngene = learngene.to(number)
     if path.suffix == ".safetensors":
         learngene.save(path)
     else:
@@ -165,7 +178,7 @@ def finetune(
         grown.timm_model,
         images[0],
         recipe=recipe,
-        preprocessing=_preprocessing(grown),
+        preprocessing=grown.preprocessing,
         state_dir=str(state),
         device=device,
     )
@@ -175,7 +188,7 @@ def finetune(
         if step.epoch_done:
             reached = history[str(step.epoch + 1)] = {"loss": step.loss}
             if test_split:
-                found = factory.evaluate(grown.timm_model, images[1], preprocessing=_preprocessing(grown))
+                found = factory.evaluate(grown.timm_model, images[1], preprocessing=grown.preprocessing)
                 reached["accuracy"] = found.accuracy
             out.note(f"epoch {step.epoch + 1} of {epochs}: " + ", ".join(f"{k} {v:.4g}" for k, v in reached.items()))
     grown.save_pretrained(folder)
@@ -241,14 +254,6 @@ def _model_and_images(
     return grown, images
 
 
-def _preprocessing(model: Descendant) -> Preprocessing:
-    """What a saved or grown model expects of pixels."""
-    from learngene_hub.shape import Preprocessing
-
-    said = model.config.pretrained_cfg
-    return Preprocessing.from_dict({key: said[key] for key in ("mean", "std", "interpolation", "crop_pct")})
-
-
 def _images(data: str, split: str, shape: ViTShape, limit: int | None, skip_unreadable: bool) -> Images:
     """One split at the size and channels that a model was grown for."""
     from learngene_hub.data import load_images
@@ -291,7 +296,7 @@ def evaluate(
     found = factory.evaluate(
         grown.timm_model,
         images,
-        preprocessing=_preprocessing(grown),
+        preprocessing=grown.preprocessing,
         batch_size=batch_size,
         device=device,
         precision=precision,

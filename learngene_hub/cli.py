@@ -16,6 +16,7 @@ import typer
 
 from learngene_hub import _workshop, errors
 from learngene_hub._command import (
+    NUMBER_BYTES,
     ChannelsOption,
     DepthOption,
     DtypeOption,
@@ -45,8 +46,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain help: instant, and the same when piped
     pretty_exceptions_enable=False,
 )
-
-NUMBER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def _print_version(asked: bool) -> None:

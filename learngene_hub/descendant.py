@@ -128,6 +128,12 @@ class Descendant(TimmWrapperForImageClassification):
             },
         )
 
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What it expects of pixels."""
+        said = self.config.pretrained_cfg
+        return Preprocessing.from_dict({key: said[key] for key in ("mean", "std", "interpolation", "crop_pct")})
+
     def image_processor(self) -> TimmWrapperImageProcessor:
         """What turns images into ``pixel_values``: a ``pipeline`` around this object, not yet a folder, asks for it."""
         facts = self._facts()

@@ -50,7 +50,7 @@ import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,6 +148,10 @@ class Learngene:
         for name in names:
             digest.update(_raw(self.tensors[name]))
         return digest.hexdigest()
+
+    def to(self, dtype: torch.dtype) -> Learngene:
+        """The same with every tensor in ``dtype``, such as torch.float16 for half the bytes."""
+        return replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
 
     @property
     def nbytes(self) -> int:

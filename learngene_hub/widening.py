@@ -16,13 +16,14 @@ Source: our design, after LeTs (Xia et al., NeurIPS 2024) and LiGO (Wang et al.,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from learngene_hub import transforms
+from learngene_hub._check import require_int, require_keys
 from learngene_hub.data import Augment, Images, normalise, seed_of
 from learngene_hub.errors import SettingsError
 from learngene_hub.factory import expand
@@ -51,9 +52,27 @@ class Widening:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.widths, (list, tuple)):
+            raise SettingsError(f"widths {self.widths!r} asked; it is a list, such as [64, 128]")
         object.__setattr__(self, "widths", tuple(self.widths))
-        if self.rows < 0 or self.score_images < 1 or not 0 <= self.shallow <= 1:
-            raise SettingsError("rows asked below 0, score_images below 1 or shallow outside 0 to 1")
+        for width in self.widths:
+            require_int("width", width, at_least=1, error=SettingsError)
+        for name in ("score_images", "epochs", "steps_per_epoch", "batch_size"):
+            require_int(name, getattr(self, name), at_least=1, error=SettingsError)
+        for name in ("rows", "crop_padding", "seed"):
+            require_int(name, getattr(self, name), at_least=0, error=SettingsError)
+        if not 0 <= self.shallow <= 1:
+            raise SettingsError(f"shallow {self.shallow!r} asked; it is a share, from 0 to 1")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Widening:
+        """Settings from plain values.
+
+        Raises:
+            SettingsError: a setting that there is not, or one out of its range.
+        """
+        require_keys(values, known=[f.name for f in fields(cls)], needed=[], error=SettingsError)
+        return cls(**values)
 
 
 def widen(
@@ -236,13 +255,15 @@ class _Stage:
         wanted = self._wanted(depth, x)
         grown = _with_width(self.learngene, self.learned)
         got = self._features(grown, width, depth, x)
-        if width > native.width:
-            error = got - wanted[..., torch.arange(width) % native.width]
-        elif "rows" in self.learned:
-            error = got @ torch.linalg.pinv(self.learned["rows"][:width]).T - wanted
-        else:
-            index = transforms.map_units(native.width, width, self.learngene.tensors["width.stream"]).index
-            error = got - wanted[..., index]
+        with torch.autocast(x.device.type, enabled=False):
+            got, wanted = got.float(), wanted.float()
+            if width > native.width:
+                error = got - wanted[..., torch.arange(width) % native.width]
+            elif "rows" in self.learned:
+                error = got @ torch.linalg.pinv(self.learned["rows"][:width]).T - wanted
+            else:
+                index = transforms.map_units(native.width, width, self.learngene.tensors["width.stream"]).index
+                error = got - wanted[..., index]
         return error.square().mean() / wanted.square().mean()
 
     @torch.no_grad()
@@ -257,7 +278,9 @@ class _Stage:
         shape = replace(self._shape(width, depth), classes=0)
         if shape not in self.models:
             self.models[shape] = _Features(shape.build(device="meta"))
-        state = {name: tensor for name, tensor in self.method.expand(learngene, shape).items() if tensor is not None}
+        with torch.autocast(x.device.type, enabled=False):  # what is composed is composed in float32
+            grown = self.method.expand(learngene, shape)
+        state = {name: tensor for name, tensor in grown.items() if tensor is not None}
         return torch.func.functional_call(self.models[shape], {f"inner.{k}": v for k, v in state.items()}, (x,))
 
 
