@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all check format constraints clean
+.PHONY: demo test test-all check format numbers constraints clean
 
 demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
@@ -23,6 +23,10 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# README.md's and the cards' numbers, from the files under benchmarks/results/.
+numbers: $(READY)
+	$(BIN)/python benchmarks/write_numbers.py
 
 # Once: the environment, uv by pip, everything else by uv (seconds instead of minutes).
 $(READY): pyproject.toml constraints.txt

@@ -17,6 +17,9 @@ from learngene_hub.methods import METHODS
 from learngene_hub.registry import Entry
 from learngene_hub.shape import ViTShape
 
+RECIPE = (
+    "64 px, AdamW, weight decay 0.05, batch 64, one-cycle, 3 epochs, peak rate 3e-4 (random: 1e-3), no augmentation"
+)
 COMMON_SHAPES = ((4, 128), (6, 192), (12, 192), (6, 256), (7, 320), (12, 384), (12, 768))
 
 
@@ -67,13 +70,13 @@ def _reach(learngene: Learngene) -> str:
         shape = _at(learngene.shape, depth, width)
         rows.append([f"{depth}x{width}", f"{shape.params() / 1e6:.2f} M", f"{shape.macs() / 1e9:.2f} G"])
     size = f"{learngene.nbytes / 1e6:.1f} MB of tensors"
-    table = _table(["shape", "parameters", "multiply-adds"], rows)
+    costs = table(["shape", "parameters", "multiply-adds"], rows)
     return (
         f"## Reach\n\n{str(learngene.reach).capitalize()}, heads of {learngene.shape.head_dim}, any image size "
         f"divisible by "
         f"{learngene.shape.patch}, any number of input channels. One file, {size}, stands for all of them. At 10 "
         f"labels and "
-        f"{learngene.shape.image_size} px:\n\n{table}"
+        f"{learngene.shape.image_size} px:\n\n{costs}"
     )
 
 
@@ -101,7 +104,7 @@ def _made(learngene: Learngene) -> str:
     rows = [
         [name, f"{part['images']:,}", terms.get(name, "not recorded")] for name, part in facts.get("data", {}).items()
     ]
-    data = "\n\nData (none of it is redistributed):\n\n" + _table(["data set", "images", "terms"], rows) if rows else ""
+    data = "\n\nData (none of it is redistributed):\n\n" + table(["data set", "images", "terms"], rows) if rows else ""
     settings = ", ".join(f"{key}={value}" for key, value in sorted(learngene.settings.items()))
     return "## How it was made\n\n" + "\n".join(lines) + data + f"\n\nSettings: {settings}."
 
@@ -111,11 +114,11 @@ def _search(learngene: Learngene) -> str:
     if "base_rate" not in facts:
         return ""
     kept = sorted({int(name.split(".")[1]) for name in learngene.tensors if name.startswith("block.")})
-    rate = _table(
+    rate = table(
         ["position", *map(str, range(len(facts["base_rate"])))],
         [["base rate", *(f"{value:.2f}" for value in facts["base_rate"])]],
     )
-    paths = _table(["data set", "path"], [[name, f"`{path}`"] for name, path in facts.get("paths", {}).items()])
+    paths = table(["data set", "path"], [[name, f"`{path}`"] for name, path in facts.get("paths", {}).items()])
     return (
         "## What the search found\n\nBase rate: the share of data sets whose path takes the shared block at that "
         "position. "
@@ -140,28 +143,41 @@ def _width(learngene: Learngene) -> str:
 def _measured(results: Mapping[str, Any] | None) -> str:
     if not results:
         return "## Measured\n\nNothing was measured."
-    arms: Sequence[str] = results["arms"]
-    rows = [[row["shape"], row["set"], *(_score(row["accuracy"].get(arm)) for arm in arms)] for row in results["rows"]]
-    gain = results["difference"]
-    wins = results["wins"]
+    arms = [arm for arm in results["overall"]]
+    rows = [[cell["shape"], cell["set"], *(score(cell["arms"].get(arm)) for arm in arms)] for cell in results["cells"]]
     return (
-        f"## Measured\n\nTest accuracy (%) after {results['epochs']} epochs of finetuning, mean and standard "
-        f"deviation over seeds; "
-        f"{results['recipe']}. `rows` is the training-free rival: evenly spaced blocks of the ancestor, units "
-        f"copied cyclically. "
-        "`base-even` is this learngene with evenly spaced blocks instead of the most frequent ones. None of these "
-        "data sets was "
-        f"seen in the extraction.\n\n{_table(['shape', 'data set', *arms], rows)}\n\nMean difference to `rows`: "
-        f"{gain['mean']:+.2f} ± {gain['standard_error']:.2f} points over {gain['count']} pairs; ahead in "
-        f"{wins['ahead']} of "
-        f"{wins['of']} shape and data set pairs, most at {wins['best']}, least at {wins['worst']}."
+        f"## Measured\n\nThe {results['number']}, mean and standard deviation over seeds: {RECIPE}. `rows` is the "
+        "training-free rival, evenly spaced blocks of the same ancestor with units copied cyclically and inputs "
+        "divided "
+        "by the number of copies. `base-even` is this learngene growing from evenly spaced blocks. No data set "
+        "below was "
+        f"seen in the extraction.\n\n{table(['shape', 'data set', *arms], rows)}\n\n{comparison(results)}"
     )
 
 
-def _score(value: Mapping[str, float] | None) -> str:
+def comparison(results: Mapping[str, Any]) -> str:
+    """The paired differences to ``rows`` in words, where it wins and where not."""
+    lines = []
+    for arm, found in results["minus_rows"].items():
+        overall, cells = found["overall"], found["per_shape_and_set"]
+        if arm == "random" or overall is None:
+            continue
+        means = sorted((part["mean"], name) for name, part in cells.items() if part)
+        lost = [f"{name} ({mean:+.1f})" for mean, name in means if mean < 0]
+        lines.append(
+            f"{arm} less rows, paired: {overall['mean']:+.2f} ± {overall['se']:.2f} points over {overall['n']} "
+            f"runs; ahead "
+            f"in {len(means) - len(lost)} of {len(means)} pairs of shape and data set, most at {means[-1][1]} "
+            f"({means[-1][0]:+.1f}); behind at {', '.join(lost) or 'none'}."
+        )
+    return "\n\n".join(lines)
+
+
+def score(value: Mapping[str, Any] | None) -> str:
+    """A mean with its deviation; empty where nothing was measured."""
     if value is None:
         return ""
-    return f"{value['mean']:.1f} ± {value['std']:.1f}" if value["count"] > 1 else f"{value['mean']:.1f}"
+    return f"{value['mean']:.1f} ± {value['sd']:.1f}" if value["sd"] is not None else f"{value['mean']:.1f}"
 
 
 def _limits(learngene: Learngene) -> str:
@@ -184,6 +200,7 @@ def _licence(learngene: Learngene, entry: Entry) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])

@@ -1,0 +1,104 @@
+"""Write the numbers of README.md and of the cards from the files under benchmarks/results/ (make numbers).
+
+README.md's part stands between two comment lines; a card is written whole by ``learngene_hub.card``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from learngene_hub import Learngene
+from learngene_hub.card import RECIPE, card_text, comparison, table
+from learngene_hub.registry import Registry
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+
+
+def main() -> None:
+    for name, text in cards().items():
+        (ROOT / "model_cards" / name / "README.md").write_text(text)
+    readme = (ROOT / "README.md").read_text()
+    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
+    (ROOT / "README.md").write_text(f"{before}{BEGIN}\n{readme_part()}\n{END}{after}")
+
+
+def cards() -> dict[str, str]:
+    """Name -> card of every bundled learngene."""
+    results = read("transfer.json")
+    return {
+        name: card_text(
+            Learngene.load(ROOT / entry.uri / "learngene.safetensors"),
+            entry,
+            results if _of(results, entry.sha256) else None,
+        )
+        for name, entry in Registry.load(ROOT / "registry.yaml").entries.items()
+    }
+
+
+def _of(results: dict[str, Any] | None, digest: str) -> bool:
+    """Whether the transfer results were measured with the artefact of this digest."""
+    return results is not None and digest in results["digests"].values()
+
+
+def read(name: str) -> Any:
+    path = RESULTS / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def readme_part() -> str:
+    """What README.md says of the measurements."""
+    parts = ["## What was measured"]
+    if (transfer := read("transfer.json")) is not None:
+        parts.append(_transfer(transfer))
+    if rows := _speed():
+        parts.append("On a shared machine, so only ratios mean much:\n\n" + table(["what", "measured", "goal"], rows))
+    return "\n\n".join(parts)
+
+
+def _transfer(results: dict[str, Any]) -> str:
+    arms = list(results["overall"])
+    shapes = list(dict.fromkeys(cell["shape"] for cell in results["cells"]))
+    rows = []
+    for shape in shapes:
+        cells = [cell for cell in results["cells"] if cell["shape"] == shape]
+        rows.append([shape, *(_mean([cell["arms"].get(arm) for cell in cells]) for arm in arms)])
+    sets = ", ".join(dict.fromkeys(cell["set"] for cell in results["cells"]))
+    return (
+        f"Finetuning on data that `lsamd-base` never saw ({sets}), the mean over them of the {results['number']}: "
+        f"{RECIPE}. "
+        "`rows` is the strongest training-free rival: evenly spaced blocks of the same ancestor, units copied. "
+        "`base-even` "
+        "is `lsamd-base` growing from evenly spaced blocks instead of the most frequent ones.\n\n"
+        f"{table(['shape', *arms], rows)}\n\n{comparison(results)}\n\nEvery run: "
+        "[benchmarks/results/transfer.csv](benchmarks/results/transfer.csv)."
+    )
+
+
+def _mean(values: list[Any]) -> str:
+    there = [value["mean"] for value in values if value is not None]
+    return f"{sum(there) / len(there):.1f}" if len(there) == len(values) else ""
+
+
+def _speed() -> list[list[str]]:
+    rows = []
+    if (grown := read("grow_speed.json")) is not None:
+        what = "time of `from_learngene` 12x384 over that of transformers' `from_pretrained` of the same model"
+        rows.append([what, f"{grown['time']['ratio']:.2f}", f"at most {grown['time']['limit']}"])
+        memory = grown["memory"]["grow"]["ratio"]
+        rows.append(
+            ["its peak extra memory over the model's bytes", f"{memory:.2f}", f"at most {grown['memory']['limit']}"]
+        )
+    for fitted in read("fit_speed.json") or []:
+        what = f"images/s of `fit` over a hand-written loop, {fitted['shape']} at {fitted['image_size']} px"
+        rows.append([what, f"{fitted['ratio_median']:.2f}", "at least 0.95"])
+    if (aux := read("aux_speed.json")) is not None:
+        rows.append(["an auxiliary step, through `expand`, over a plain one", f"{aux['ratio']:.2f}", "at most 1.10"])
+    return rows
+
+
+if __name__ == "__main__":
+    main()
