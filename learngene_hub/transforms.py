@@ -275,6 +275,17 @@ def _stream(learned: Mapping[str, Tensor], native: int, width: int, form: str) -
     return replace(stream, rows=rows[:width].float())
 
 
+def share_update(block: Mapping[str, Tensor], copies: int) -> dict[str, Tensor]:
+    """A block that writes 1 / copies of what it writes: ``copies`` of it in a row add about one block's update.
+
+    Source: our reading of copy-and-divide along depth; to first order, z + n (f(z) / n) = z + f(z).
+    """
+    writes = ("attn.proj.weight", "attn.proj.bias", "mlp.fc2.weight", "mlp.fc2.bias")
+    if copies == 1:
+        return dict(block)
+    return {name: _full(tensor) / copies if name in writes else tensor for name, tensor in block.items()}
+
+
 def resample_positions(pos_embed: Tensor, side: int, prefix: int) -> Tensor:
     """Position embeddings (1, prefix + n*n, D) at a grid of side x side patches, bicubic with antialiasing.
 

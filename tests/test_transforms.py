@@ -443,3 +443,13 @@ def test_a_learngene_without_blocks_is_refused() -> None:
     shapes = {name: shape for name, shape in parts().items() if not name.startswith("block.")}
     with pytest.raises(ArtefactError, match="0 to 2"):
         transforms.check_parts(shapes, variant("token"), searched=True)
+
+
+def test_a_shared_update_is_the_blocks_own_divided_by_its_copies() -> None:
+    """What a block adds to the stream is linear in proj and fc2, so two copies of the half add the whole of one input."""
+    block = some_block(8, 32)
+    half = transforms.share_update(block, 2)
+    for name, tensor in block.items():
+        wrote = name.startswith(("attn.proj", "mlp.fc2"))
+        assert torch.equal(half[name] * 2 if wrote else half[name], tensor)
+    assert all(torch.equal(transforms.share_update(block, 1)[name], tensor) for name, tensor in block.items())

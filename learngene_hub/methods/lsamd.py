@@ -35,6 +35,7 @@ _CHOICES = {
     "search": ("gumbel", "spos_ea"),
     "select": ("frequency", "even"),
     "fill": ("nearest", "random"),
+    "repeat": ("copy", "share"),
     "form": transforms.FORMS,
     "precision": ("fp32", "bf16", "fp16"),
 }
@@ -100,6 +101,7 @@ class Lsamd:
     fill: str = (
         "nearest"  # what a larger depth repeats: the nearest block, or fresh blocks between ("vanilla learngene")
     )
+    repeat: str = "copy"  # a repeated block: as it is, or "share": each copy writes its share of the block's update
     form: str = "copy"  # the width transform's form
 
     def __post_init__(self) -> None:
@@ -223,10 +225,13 @@ class Lsamd:
         side, prefix = shape.image_size // shape.patch, int(shape.class_token)
         state["pos_embed"] = transforms.resample_positions(stem["pos_embed"], side, prefix)
         blocks = {i: learngene.group(f"block.{i}") for i in transforms.stored_positions(learngene.tensors)}
-        for place, position in enumerate(self.positions(learngene, shape.depth)):
-            part = (
-                dict.fromkeys(transforms.BLOCK_KEYS) if position is None else resize.block(blocks[position], position)
-            )
+        positions = self.positions(learngene, shape.depth)
+        for place, position in enumerate(positions):
+            part: Mapping[str, Tensor | None] = dict.fromkeys(transforms.BLOCK_KEYS)
+            if position is not None:
+                part = resize.block(blocks[position], position)
+                if self.repeat == "share":
+                    part = transforms.share_update(part, positions.count(position))
             state |= {f"blocks.{place}.{key}": tensor for key, tensor in part.items()}
         norm = "norm" if shape.pool == "token" else "fc_norm"
         tail = resize.norm({k: learngene.tensors[f"tail.norm.{k}"] for k in ("weight", "bias")})
