@@ -7,6 +7,8 @@ An arm is a way to initialise a ViT of a shape:
 ``random``      timm's own initialisation
 ``lsamd-base``  the learngene as it is
 ``base-even``   the same learngene, but with evenly spaced blocks of it: the control for the search
+``rows-balanced``, ``rows-exact``, ``base-balanced``, ``base-exact``
+                the same with another form of the width transform (``learngene_hub/transforms.py``); not run by default
 
 One run is 3 epochs on one data set at 64 px with the one recipe that stands here, and its accuracy after each. Whatever
 the arm, the seed gives one order of the images, and one head where the arm inherits everything else.
@@ -33,12 +35,14 @@ from learngene_hub.training import Recipe
 from learngene_hub.transforms import BLOCK_KEYS, STEM_KEYS
 
 ANCESTOR = "deit_tiny_patch16_224"  # the timm name of what --ancestor holds
-ARMS = ("rows", "random", "lsamd-base", "base-even")
-LEARNGENE_ARMS = ("lsamd-base", "base-even")  # grown from --learngene
+DEFAULT_ARMS = ("rows", "random", "lsamd-base", "base-even")
+FORM_ARMS = ("rows-balanced", "rows-exact", "base-balanced", "base-exact")
+ARMS = DEFAULT_ARMS + FORM_ARMS
+LEARNGENE_ARMS = ("lsamd-base", "base-even", "base-balanced", "base-exact")  # grown from --learngene
 HEAD_DIM = 64
 SIZE = 64  # pixels
 EPOCHS = 3
-RATES = {"random": 1e-3, "rows": 3e-4, "lsamd-base": 3e-4, "base-even": 3e-4}  # peak learning rates
+RATES = dict.fromkeys(ARMS, 3e-4) | {"random": 1e-3}  # peak learning rates
 
 
 def recipe(arm: str, seed: int, precision: str = "fp32") -> Recipe:
@@ -95,7 +99,7 @@ class Sources:
 
     def digest(self, arm: str) -> str:
         """The sha256 of what ``arm`` inherits from."""
-        if arm == "rows":
+        if arm.startswith("rows"):
             return file_digest(self.need("ancestor"))
         return open_learngene(self.need("learngene")).digest if arm in LEARNGENE_ARMS else ""
 
@@ -178,9 +182,12 @@ def learngene_of(arm: str, sources: Sources) -> Learngene | None:
     """What the arm is grown from; None for random."""
     if arm == "random":
         return None
-    if arm == "rows":
-        return untrained(open_ancestor(sources.need("ancestor")))
-    learngene = open_learngene(sources.need("learngene"))
+    if arm.startswith("rows"):
+        learngene = untrained(open_ancestor(sources.need("ancestor")))
+    else:
+        learngene = open_learngene(sources.need("learngene"))
+    if arm in FORM_ARMS:
+        return dataclasses.replace(learngene, settings={**learngene.settings, "form": arm.partition("-")[2]})
     return evenly(learngene) if arm == "base-even" else learngene
 
 

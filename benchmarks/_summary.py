@@ -22,6 +22,10 @@ MARKS = {  # arm -> colour, marker
     "random": ("#999999", "x"),
     "lsamd-base": ("#0b6e4f", "o"),
     "base-even": ("#d08c1d", "^"),
+    "rows-balanced": ("#8fb3d9", "D"),
+    "rows-exact": ("#8fb3d9", "v"),
+    "base-balanced": ("#7fbf9f", "D"),
+    "base-exact": ("#7fbf9f", "v"),
 }
 Cell = tuple[str, str, int]  # shape, set, seed
 

@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
-from _arms import ARMS, RATES, Job, Row, Sources, measure
+from _arms import ARMS, DEFAULT_ARMS, RATES, Job, Row, Sources, measure
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = "4x128,6x192,12x192,16x192,6x256,12x256,7x320,12x384"
@@ -107,7 +107,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", help="folder with one folder of parquet files (train, test) per data set")
     parser.add_argument("--sets", default=SETS, help=f"default: {SETS}")
     parser.add_argument("--shapes", default=SHAPES, help=f"DEPTHxWIDTH, default: {SHAPES}")
-    parser.add_argument("--arms", default=",".join(ARMS), help=f"default: {','.join(ARMS)}")
+    parser.add_argument("--arms", default=",".join(DEFAULT_ARMS), help=f"of {','.join(ARMS)}")
     parser.add_argument("--seeds", default="0,1,2", help="default: 0,1,2")
     parser.add_argument("--ancestor", help="safetensors file of timm's deit_tiny_patch16_224, for the arm rows")
     parser.add_argument("--learngene", help="path or name, for the arms lsamd-base and base-even")

@@ -160,8 +160,15 @@ def test_entry_points_that_are_no_method_are_refused_by_package(
 ) -> None:
     offer(monkeypatch, point)
     with pytest.raises(SettingsError, match=told) as caught:
-        methods._table()
+        methods._table()[point.name]
     assert "\n" not in str(caught.value)
+
+
+def test_a_broken_entry_point_breaks_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, _Point("broken", ImportError("no module named x")), _Point("good", Good))
+    table = methods._table()
+    assert list(table) == [*methods.BUILT_IN, "broken", "good"]
+    assert table["lsamd"] is Lsamd and table["good"] is Good
 
 
 def test_the_same_name_offered_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

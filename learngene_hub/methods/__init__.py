@@ -7,9 +7,9 @@ entry point is the method's name, its object a class that fulfils ``Method``. A 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 from typing import Any
 
@@ -21,30 +21,54 @@ ENTRY_POINTS = "learngene_hub.methods"
 BUILT_IN: Mapping[str, type] = MappingProxyType({method.name: method for method in (Lsamd,)})
 
 
+class _Table(Mapping[str, type]):
+    """Methods by name. A third party's is imported when it is asked for, so that a broken one breaks nothing else."""
+
+    def __init__(self, points: Mapping[str, EntryPoint]) -> None:
+        self._points = points
+
+    def __getitem__(self, name: str) -> type:
+        return BUILT_IN[name] if name in BUILT_IN else _load(self._points[name])
+
+    def __iter__(self) -> Iterator[str]:
+        yield from BUILT_IN
+        yield from self._points
+
+    def __len__(self) -> int:
+        return len(BUILT_IN) + len(self._points)
+
+
 def _table() -> Mapping[str, type]:
     """The built-in methods and those that installed packages offer.
 
     Raises:
-        SettingsError: an installed package offers a name that is taken, or a class that is no Method.
+        SettingsError: an installed package offers a name that is taken.
     """
-    table = dict(BUILT_IN)
+    points: dict[str, EntryPoint] = {}
     for point in entry_points(group=ENTRY_POINTS):
-        if point.name in table:
+        if point.name in BUILT_IN or point.name in points:
             raise SettingsError(f"the package {_package(point)} offers a method named {point.name!r}, which is taken")
-        try:
-            offered = point.load()
-        except Exception as error:  # whatever importing foreign code raises
-            raise SettingsError(
-                f"the entry point {point.name!r} of {_package(point)} cannot be loaded: {error}"
-            ) from error
-        has = all(callable(getattr(offered, verb, None)) for verb in ("extract", "expand", "check"))
-        if not isinstance(offered, type) or getattr(offered, "name", None) != point.name or not has:
-            raise SettingsError(f"the entry point {point.name!r} of {_package(point)} is not a method of that name")
-        table[point.name] = offered
-    return MappingProxyType(table)
+        points[point.name] = point
+    return _Table(points)
 
 
-def _package(point: Any) -> str:
+def _load(point: EntryPoint) -> type:
+    """The class of an entry point.
+
+    Raises:
+        SettingsError: it cannot be imported, or is no method of that name.
+    """
+    try:
+        offered = point.load()
+    except Exception as error:  # whatever importing foreign code raises
+        raise SettingsError(f"the entry point {point.name!r} of {_package(point)} cannot be loaded: {error}") from error
+    has = all(callable(getattr(offered, verb, None)) for verb in ("extract", "expand", "check"))
+    if not isinstance(offered, type) or getattr(offered, "name", None) != point.name or not has:
+        raise SettingsError(f"the entry point {point.name!r} of {_package(point)} is not a method of that name")
+    return offered
+
+
+def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist is not None else "an unknown package"
 
 
