@@ -20,10 +20,10 @@ BEGIN, END = "<!-- results -->", "<!-- /results -->"
 
 def main() -> None:
     for name, text in cards().items():
-        (ROOT / "model_cards" / name / "README.md").write_text(text)
-    readme = (ROOT / "README.md").read_text()
+        (ROOT / "model_cards" / name / "README.md").write_text(text, encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-    (ROOT / "README.md").write_text(f"{before}{BEGIN}\n{readme_part()}\n{END}{after}")
+    (ROOT / "README.md").write_text(f"{before}{BEGIN}\n{readme_part()}\n{END}{after}", encoding="utf-8")
 
 
 def cards() -> dict[str, str]:
@@ -46,13 +46,14 @@ def _of(results: dict[str, Any] | None, digest: str) -> bool:
 
 def read(name: str) -> Any:
     path = RESULTS / name
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def readme_part() -> str:
     """What README.md says of the measurements."""
     parts = ["## What was measured"]
-    if (transfer := read("transfer.json")) is not None:
+    transfer = read("transfer.json")
+    if any(_of(transfer, entry.sha256) for entry in Registry.load(ROOT / "registry.yaml").entries.values()):
         parts.append(_transfer(transfer))
     if rows := _speed():
         parts.append("On a shared machine, so only ratios mean much:\n\n" + table(["what", "measured", "goal"], rows))

@@ -166,7 +166,7 @@ def read_settings(config: Path | None, pairs: Sequence[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise errors.SettingsError(f"--set {pair} asked; it is KEY=VALUE, such as --set epochs=10")
+            raise errors.SettingsError(f"{pair} asked; a setting is KEY=VALUE, such as epochs=10")
         try:
             settings[key] = json.loads(value)
         except ValueError:

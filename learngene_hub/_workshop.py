@@ -78,8 +78,11 @@ def extract(
     methods.get_method(method, settings)  # refuses a wrong setting before anything is read
     require_new(out, path, yes=yes)
     from learngene_hub.descendant import Descendant
+    from learngene_hub.shape import ViTShape
 
     model = Descendant.from_pretrained(ancestor)
+    if stage:
+        stage.require(ViTShape.of(model.timm_model))
     images: dict[str, Images] = {}
     for source in data:
         found = load_images(source, split=split, size=size, limit=limit, skip_unreadable=skip_unreadable)

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
+from learngene_hub.errors import ShapeError
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods import METHODS
 from learngene_hub.registry import Entry
-from learngene_hub.shape import ViTShape
 
 RECIPE = (
     "64 px, AdamW, weight decay 0.05, batch 64, one-cycle, 3 epochs, peak rate 3e-4 (random: 1e-3), no augmentation"
@@ -51,37 +51,37 @@ def _front_matter(learngene: Learngene, entry: Entry) -> str:
 
 
 def _use(entry: Entry, learngene: Learngene) -> str:
-    shape = learngene.shape
+    depth, width = learngene.shape.depth, min(2 * learngene.shape.width, learngene.reach.widths[1])
     return f"""## Use
 
 ```python
 from learngene_hub import Descendant
 
-model = Descendant.from_learngene("{entry.name}", depth={shape.depth}, width={2 * shape.width}, num_labels=10)
+model = Descendant.from_learngene("{entry.name}", depth={depth}, width={width}, num_labels=10)
 ```
 
 The model is a plain timm ViT inside transformers' own wrapper. Its head is fresh: finetune it before use. `learngene
-show {entry.name} --depth {shape.depth} --width {2 * shape.width}` tells its size before anything is grown."""
+show {entry.name} --depth {depth} --width {width}` tells its size before anything is grown."""
 
 
 def _reach(learngene: Learngene) -> str:
-    rows = []
+    native, rows = learngene.shape, []
     for depth, width in COMMON_SHAPES:
-        shape = _at(learngene.shape, depth, width)
+        if width % native.head_dim:
+            continue
+        shape = replace(native, depth=depth, width=width, heads=width // native.head_dim, classes=10)
+        try:
+            learngene.reach.check(shape)
+        except ShapeError:
+            continue
         rows.append([f"{depth}x{width}", f"{shape.params() / 1e6:.2f} M", f"{shape.macs() / 1e9:.2f} G"])
-    size = f"{learngene.nbytes / 1e6:.1f} MB of tensors"
     costs = table(["shape", "parameters", "multiply-adds"], rows)
     return (
-        f"## Reach\n\n{str(learngene.reach).capitalize()}, heads of {learngene.shape.head_dim}, any image size "
-        f"divisible by "
-        f"{learngene.shape.patch}, any number of input channels. One file, {size}, stands for all of them. At 10 "
-        f"labels and "
-        f"{learngene.shape.image_size} px:\n\n{costs}"
+        f"## Reach\n\n{str(learngene.reach).capitalize()}, heads of {native.head_dim}, any image size divisible by "
+        f"{native.patch}, any number of input channels. One file, {learngene.nbytes / 1e6:.1f} MB of tensors, "
+        f"stands for "
+        f"all of them. At 10 labels and {native.image_size} px:\n\n{costs}"
     )
-
-
-def _at(native: ViTShape, depth: int, width: int) -> ViTShape:
-    return replace(native, depth=depth, width=width, heads=width // native.head_dim, classes=10)
 
 
 def _made(learngene: Learngene) -> str:
@@ -129,15 +129,15 @@ def _search(learngene: Learngene) -> str:
 
 
 def _width(learngene: Learngene) -> str:
-    learned = learngene.group("width")
+    native, learned = learngene.shape.width, learngene.group("width")
+    form = f"## Width\n\nForm `{learngene.settings.get('form', 'copy')}`: exact at multiples of {native}."
     if not learned:
-        return "## Width\n\nUnits are copied cyclically above the native width and the leading ones kept below it."
+        return f"{form} Below {native} the leading units are kept."
     names = ", ".join(sorted(f"`width.{name}` {list(tensor.shape)}" for name, tensor in learned.items()))
-    return (
-        f"## Width\n\nForm `{learngene.settings.get('form', 'copy')}`: exact at multiples of "
-        f"{learngene.shape.width}. Measured or "
-        f"learned for it: {names}. {learngene.provenance.get('width_note', '')}".rstrip()
-    )
+    text = f"{form} Below {native} the units that mattered most on real images are kept. Stored for it: {names}."
+    stage = learngene.provenance.get("width", {}).get("loss", {})
+    losses = "; ".join(f"at {width} the distance fell from {a} to {b}" for width, (a, b) in stage.items())
+    return f"{text} Rows and norms were learned by distillation: {losses}." if losses else text
 
 
 def _measured(results: Mapping[str, Any] | None) -> str:
@@ -163,12 +163,14 @@ def comparison(results: Mapping[str, Any]) -> str:
         if arm == "random" or overall is None:
             continue
         means = sorted((part["mean"], name) for name, part in cells.items() if part)
-        lost = [f"{name} ({mean:+.1f})" for mean, name in means if mean < 0]
+        ahead = sum(mean > 0 for mean, _ in means)
+        lost = ", ".join(f"{name} ({mean:+.1f})" for mean, name in means if mean < 0)
+        error = "" if overall["se"] is None else f" ± {overall['se']:.2f}"
+        runs = "1 run" if overall["n"] == 1 else f"{overall['n']} runs"
         lines.append(
-            f"{arm} less rows, paired: {overall['mean']:+.2f} ± {overall['se']:.2f} points over {overall['n']} "
-            f"runs; ahead "
-            f"in {len(means) - len(lost)} of {len(means)} pairs of shape and data set, most at {means[-1][1]} "
-            f"({means[-1][0]:+.1f}); behind at {', '.join(lost) or 'none'}."
+            f"{arm} less rows, paired: {overall['mean']:+.2f}{error} points over {runs}; ahead in {ahead} of "
+            f"{len(means)} pairs of shape and data set, most at {means[-1][1]} ({means[-1][0]:+.1f}); behind at "
+            f"{lost or 'none'}."
         )
     return "\n\n".join(lines)
 

@@ -26,11 +26,15 @@ def teacher_logits(
     training, device = teacher.training, next(teacher.parameters()).device
     teacher.eval()
     said = []
-    for start in range(0, len(images), batch_size):
-        pixels = images.pixels[start : start + batch_size].to(device).float() / 255
-        if pixels.shape[-1] != size:
-            pixels = nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            said.append(teacher(normalise(pixels, preprocessing)).float().cpu())
-    teacher.train(training)
+    try:
+        for start in range(0, len(images), batch_size):
+            pixels = images.pixels[start : start + batch_size].to(device).float() / 255
+            if pixels.shape[-1] != size:
+                pixels = nn.functional.interpolate(pixels, size=(size, size), mode="bicubic", antialias=True).clamp(
+                    0, 1
+                )
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                said.append(teacher(normalise(pixels, preprocessing)).float().cpu())
+    finally:
+        teacher.train(training)
     return torch.cat(said)

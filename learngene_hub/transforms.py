@@ -272,7 +272,9 @@ def _stream(learned: Mapping[str, Tensor], native: int, width: int, form: str) -
     rows = learned.get("rows")
     if width >= native or rows is None or width > rows.shape[0]:
         return stream
-    return replace(stream, rows=rows[:width].float())
+    score = learned.get("stream")
+    order = stream.index if score is None else torch.sort(score.float(), descending=True, stable=True).indices[:width]
+    return replace(stream, rows=rows[:width].float(), index=order)  # rows stand best first, and so do their norms
 
 
 def share_update(block: Mapping[str, Tensor], copies: int) -> dict[str, Tensor]:

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from learngene_hub import transforms
-from learngene_hub._check import require_int, require_keys
+from learngene_hub._check import is_number, require_int, require_keys
 from learngene_hub.data import Augment, Images, normalise, seed_of
-from learngene_hub.errors import SettingsError
+from learngene_hub.errors import DataError, SettingsError
 from learngene_hub.factory import expand
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods import Method, get_method
-from learngene_hub.shape import ViTShape
+from learngene_hub.shape import Preprocessing, Reach, ViTShape
 from learngene_hub.training import Recipe, Step, fit
 
 
@@ -61,8 +61,34 @@ class Widening:
             require_int(name, getattr(self, name), at_least=1, error=SettingsError)
         for name in ("rows", "crop_padding", "seed"):
             require_int(name, getattr(self, name), at_least=0, error=SettingsError)
-        if not 0 <= self.shallow <= 1:
+        for name in ("lr", "rows_lr"):
+            if not (is_number(getattr(self, name)) and getattr(self, name) > 0):
+                raise SettingsError(f"{name} {getattr(self, name)!r} asked; it is a number above 0")
+        if not (is_number(self.shallow) and 0 <= self.shallow <= 1):
             raise SettingsError(f"shallow {self.shallow!r} asked; it is a share, from 0 to 1")
+        if self.precision not in ("fp32", "bf16"):
+            raise SettingsError(f"precision {self.precision!r} asked; there are fp32, bf16")
+        if self.rows and not self.widths:
+            raise SettingsError(f"rows {self.rows} asked without widths; widths=[64] would learn them at 64")
+
+    def require(self, native: ViTShape, reach: Reach | None = None) -> None:
+        """Nothing, where a learngene of this native shape, and of this reach where it is known, can be widened so.
+
+        Raises:
+            SettingsError: a width that is not a multiple of head_dim, the native one, which nothing may change, an
+                integer multiple of it, where copies are exact, or one out of reach; or rows for the native width and
+                above.
+        """
+        low, high, _ = reach.widths if reach else (native.head_dim, 64 * native.width, native.head_dim)
+        for width in self.widths:
+            if width % native.width == 0 or width % native.head_dim or not low <= width <= high:
+                raise SettingsError(
+                    f"width {width} asked; a learned width is a multiple of {native.head_dim} from {low} to {high}, "
+                    f"and "
+                    f"not of {native.width}, where copies are exact"
+                )
+        if self.rows >= native.width:
+            raise SettingsError(f"rows {self.rows} asked; they are for widths below the native one, {native.width}")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Widening:
@@ -84,15 +110,15 @@ def widen(
 ) -> Learngene:
     """``learngene`` with the tensors of its width transform: scores measured on ``data``, rows and norms learned on it.
 
+    Tensors of an earlier width stage are dropped first.
+
     Raises:
-        SettingsError: a width that is not a multiple of head_dim, or is the native one, which nothing may change.
+        SettingsError: settings that this learngene cannot be widened with (``Widening.require``), or no data.
+        DataError: images of different sizes or channels, or none.
     """
-    native = learngene.shape
-    for width in settings.widths:
-        if width == native.width or width % native.head_dim or width < 1:
-            raise SettingsError(
-                f"width {width} asked; a learned width is a multiple of {native.head_dim} other than {native.width}"
-            )
+    settings.require(learngene.shape, learngene.reach)
+    kept = {name: tensor for name, tensor in learngene.tensors.items() if not name.startswith("width.")}
+    learngene = replace(learngene, tensors=kept)
     images = _pooled(data)
     scores = measure_scores(learngene, images, settings)
     scored = _with_width(learngene, scores)
@@ -124,6 +150,13 @@ def widen(
 
 def _pooled(data: Mapping[str, Images]) -> Images:
     """All images of all data sets as one set without labels of its own."""
+    if not data:
+        raise SettingsError("no data sets asked; the width stage needs at least one")
+    sizes = {name: tuple(images.pixels.shape[1:]) for name, images in data.items()}
+    if len(set(sizes.values())) > 1 or next(iter(sizes.values()))[0] != 3:
+        raise DataError(f"images of shapes {sizes} asked; the width stage needs one size and 3 channels")
+    if empty := [name for name, images in data.items() if not len(images)]:
+        raise DataError(f"{empty[0]} is empty; the width stage needs images")
     pixels = torch.cat([images.pixels for images in data.values()])
     return Images(pixels, torch.zeros(len(pixels), dtype=torch.int64), ("any",), "+".join(data))
 
@@ -158,40 +191,54 @@ def measure_scores(learngene: Learngene, images: Images, settings: Widening) -> 
     native = learngene.shape
     positions = transforms.stored_positions(learngene.tensors)
     model = _native_model(learngene, len(positions), images.pixels.shape[-1])
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))[
-        : settings.score_images
-    ]
-    x = normalise(images.pixels[chosen], learngene.preprocessing)
+    seen = _mean_squares(model, native, images, learngene.preprocessing, settings)
     heads, hidden = torch.zeros(native.depth, native.heads), torch.zeros(native.depth, native.hidden)
-    stream = torch.zeros(native.width)
-    seen: dict[str, Tensor] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=f"{place}.{part}": seen.update({name: args[0]}))
-        for place, block in enumerate(model.blocks)
-        for part, module in (
-            ("proj", block.attn.proj),
-            ("fc2", block.mlp.fc2),
-            ("qkv", block.attn.qkv),
-            ("fc1", block.mlp.fc1),
-        )
-    ]
-    features = model.forward_features(x)
-    for hook in hooks:
-        hook.remove()
+    stream = seen["last"] / seen["last"].sum()
     for place, position in enumerate(positions):
         block = model.blocks[place]
-        proj, fc2 = block.attn.proj.weight, block.mlp.fc2.weight
-        for head in range(native.heads):
-            units = slice(head * native.head_dim, (head + 1) * native.head_dim)
-            written = seen[f"{place}.proj"][..., units] @ proj[:, units].T
-            heads[position, head] = written.square().mean()
-        hidden[position] = seen[f"{place}.fc2"].square().mean((0, 1)) * fc2.square().sum(0)
+        heads[position] = seen[f"{place}.heads"]
+        hidden[position] = seen[f"{place}.fc2"] * block.mlp.fc2.weight.square().sum(0)
         for part, reader in (("qkv", block.attn.qkv.weight), ("fc1", block.mlp.fc1.weight)):
-            passed = seen[f"{place}.{part}"].square().mean((0, 1)) * reader.square().sum(0)
+            passed = seen[f"{place}.{part}"] * reader.square().sum(0)
             stream += passed / passed.sum()
-    last = features.square().mean((0, 1))
-    stream += last / last.sum()
     return {"stream": stream, "heads": heads, "hidden": hidden}
+
+
+def _mean_squares(
+    model: Any, native: ViTShape, images: Images, preprocessing: Preprocessing, settings: Widening, batch: int = 64
+) -> dict[str, Tensor]:
+    """Mean squares over images and tokens, per unit: of what qkv, fc1 and fc2 read, what each head writes, the last."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(settings.seed))
+    chosen = order[: settings.score_images]
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, value: Tensor) -> None:
+        sums[name] = sums.get(name, torch.zeros(())) + value
+
+    def keep(name: str) -> Callable[[Any, tuple[Tensor]], None]:
+        return lambda _, args: add(name, args[0].square().flatten(0, 1).mean(0) * len(args[0]))
+
+    def keep_heads(name: str) -> Callable[[Any, tuple[Tensor]], None]:
+        def hook(module: Any, args: tuple[Tensor]) -> None:
+            parts = zip(args[0].split(native.head_dim, -1), module.weight.split(native.head_dim, 1), strict=True)
+            add(name, torch.stack([(x @ w.T).square().mean() for x, w in parts]) * len(args[0]))
+
+        return hook
+
+    hooks = []
+    for place, block in enumerate(model.blocks):
+        hooks += [
+            block.attn.qkv.register_forward_pre_hook(keep(f"{place}.qkv")),
+            block.mlp.fc1.register_forward_pre_hook(keep(f"{place}.fc1")),
+            block.mlp.fc2.register_forward_pre_hook(keep(f"{place}.fc2")),
+            block.attn.proj.register_forward_pre_hook(keep_heads(f"{place}.heads")),
+        ]
+    for rows in chosen.split(batch):
+        features = _last_features(model, normalise(images.pixels[rows], preprocessing))
+        add("last", features.square().reshape(-1, native.width).mean(0) * len(rows))
+    for hook in hooks:
+        hook.remove()
+    return {name: total / len(chosen) for name, total in sums.items()}
 
 
 def _native_model(learngene: Learngene, depth: int, size: int) -> Any:
@@ -203,7 +250,7 @@ class _Stage:
     """The resized model as a function of what is learned, and its distance to the native one."""
 
     def __init__(self, learngene: Learngene, images: Images, settings: Widening) -> None:
-        self.learngene, self.images, self.settings = learngene, images, settings
+        self.learngene, self.images, self.settings = learngene.to(torch.float32), images, settings
         self.method: Method = get_method(learngene.method, learngene.settings)
         self.positions = transforms.stored_positions(learngene.tensors)
         self.teachers: dict[int, Any] = {}
@@ -226,7 +273,7 @@ class _Stage:
                 for place, position in enumerate(self.positions):
                     table[2 * position] = grown[f"blocks.{place}.norm1.{key}"]
                     table[2 * position + 1] = grown[f"blocks.{place}.norm2.{key}"]
-                table[-1] = grown["norm.weight" if key == "weight" else "norm.bias"]
+                table[-1] = grown[f"{'norm' if native.pool == 'token' else 'fc_norm'}.{key}"]
                 learned[f"{kind}.{width}"] = nn.Parameter(table.detach())
         return learned
 
@@ -249,32 +296,42 @@ class _Stage:
             yield settings.widths[step % len(settings.widths)], depth, normalise(pixels, self.learngene.preprocessing)
 
     def loss(self, _: nn.Module, batch: tuple[int, int, Tensor]) -> Tensor:
-        """Mean squared error of the last features, relative to their own mean square."""
+        """Mean squared error of the last features, relative to the mean square of the native ones."""
         width, depth, x = batch
-        native = self.learngene.shape
+        self._move(x.device)
         wanted = self._wanted(depth, x)
-        grown = _with_width(self.learngene, self.learned)
-        got = self._features(grown, width, depth, x)
+        got = self._features(_with_width(self.learngene, self.learned), width, depth, x)
         with torch.autocast(x.device.type, enabled=False):
-            got, wanted = got.float(), wanted.float()
-            if width > native.width:
-                error = got - wanted[..., torch.arange(width) % native.width]
-            elif "rows" in self.learned:
-                error = got @ torch.linalg.pinv(self.learned["rows"][:width]).T - wanted
-            else:
-                index = transforms.map_units(native.width, width, self.learngene.tensors["width.stream"]).index
-                error = got - wanted[..., index]
-        return error.square().mean() / wanted.square().mean()
+            error = self._error(got.float(), wanted.float(), width)
+        return error.square().mean() / wanted.float().square().mean()
+
+    def _error(self, got: Tensor, wanted: Tensor, width: int) -> Tensor:
+        """The resized model's features less the native ones, each brought to what the other holds."""
+        native = self.learngene.shape.width
+        if width > native:
+            if self.learngene.settings.get("form") == "exact":
+                return got[..., :native] - wanted  # the other channels are silent
+            return got - wanted[..., torch.arange(width, device=wanted.device) % native]
+        if "rows" in self.learned and width <= len(self.learned["rows"]):
+            return got @ torch.linalg.pinv(self.learned["rows"][:width]).T - wanted
+        index = transforms.map_units(native, width, self.learngene.tensors["width.stream"]).index
+        return got - wanted[..., index.to(wanted.device)]
+
+    def _move(self, device: torch.device) -> None:
+        """Everything that is not learned to the device of the batch, once."""
+        if next(iter(self.learngene.tensors.values())).device != device:
+            moved = {name: tensor.to(device) for name, tensor in self.learngene.tensors.items()}
+            self.learngene = replace(self.learngene, tensors=moved)
 
     @torch.no_grad()
     def _wanted(self, depth: int, x: Tensor) -> Tensor:
-        """All tokens (B, N, D) after the last norm, of the native-width model of ``depth`` that the learngene grows."""
+        """The last features of the native-width model of ``depth`` that the learngene grows."""
         if depth not in self.teachers:
-            self.teachers[depth] = _native_model(self.learngene, depth, x.shape[-1]).to(x.device)
-        return self.teachers[depth].forward_features(x)
+            self.teachers[depth] = _native_model(self.learngene, depth, self.images.pixels.shape[-1]).to(x.device)
+        return _last_features(self.teachers[depth], x)
 
     def _features(self, learngene: Learngene, width: int, depth: int, x: Tensor) -> Tensor:
-        """All tokens (B, N, width) after the last norm, of the model that ``learngene`` grows."""
+        """The last features of the model that ``learngene`` grows."""
         shape = replace(self._shape(width, depth), classes=0)
         if shape not in self.models:
             self.models[shape] = _Features(shape.build(device="meta"))
@@ -284,8 +341,14 @@ class _Stage:
         return torch.func.functional_call(self.models[shape], {f"inner.{k}": v for k, v in state.items()}, (x,))
 
 
+def _last_features(model: Any, x: Tensor) -> Tensor:
+    """What comes out of the last norm: all tokens (B, N, D), or their average (B, D) where the norm follows pooling."""
+    features = model.forward_features(x)
+    return features if model.global_pool == "token" else model.forward_head(features, pre_logits=True)
+
+
 class _Features(nn.Module):
-    """A model whose forward is the features of all tokens."""
+    """A model whose forward is its last features."""
 
     inner: Any
 
@@ -294,4 +357,4 @@ class _Features(nn.Module):
         self.inner = inner
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.inner.forward_features(x)
+        return _last_features(self.inner, x)

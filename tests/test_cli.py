@@ -283,7 +283,6 @@ WIDEN += ["--limit", "16"]
 STAGE = [f"--widen={pair}" for pair in ("widths=[32,96]", "rows=32", "steps_per_epoch=2", "batch_size=8", "lr=1e-2")]
 
 
-@pytest.mark.xfail(strict=True, reason="widen looks at widths and rates once the extraction is over")
 @pytest.mark.parametrize("pair", ["widths=[33]", "lr=-1"])
 def test_a_wrong_width_stage_is_refused_before_the_extraction(
     run: Call, here: Path, monkeypatch: pytest.MonkeyPatch, pair: str

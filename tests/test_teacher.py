@@ -68,7 +68,6 @@ def test_bf16_is_near_and_comes_back_as_float32(teacher: nn.Module) -> None:
     assert said.dtype == torch.float32 and 0 < float((said - full).abs().max()) < 0.05 * float(full.abs().max()) + 0.01
 
 
-@pytest.mark.xfail(strict=True, reason="teacher_logits has no try/finally")
 def test_a_teacher_that_fails_is_as_it_was(teacher: nn.Module) -> None:
     with pytest.raises(AssertionError):  # timm's refusal of another size
         teacher_logits(teacher, noise(2, 32), size=40, preprocessing=ODD)

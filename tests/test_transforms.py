@@ -446,7 +446,8 @@ def test_a_learngene_without_blocks_is_refused() -> None:
 
 
 def test_a_shared_update_is_the_blocks_own_divided_by_its_copies() -> None:
-    """What a block adds to the stream is linear in proj and fc2, so two copies of the half add the whole of one input."""
+    """What a block adds to the stream is linear in proj and fc2, so two copies of the half add the whole of one "
+    "input."""
     block = some_block(8, 32)
     half = transforms.share_update(block, 2)
     for name, tensor in block.items():
