@@ -22,14 +22,11 @@ from learngene_hub._output import Format, Output, may_color
 if TYPE_CHECKING:
     import torch
 
-NEXT: Mapping[type, str] = {  # error -> the command that helps; the nearest class counts
-    errors.LearngeneError: "learngene --help",
-    errors.ShapeError: "learngene show NAME",
-    errors.SettingsError: "learngene methods",
+NEXT: Mapping[type, str] = {  # error -> the command that helps, where one does; the nearest class counts
+    errors.LearngeneError: "learngene {command} --help",
+    errors.ShapeError: "learngene show {name}",
     errors.ArtefactError: "learngene verify",
     errors.RegistryError: "learngene list",
-    errors.StoreError: "learngene list",
-    errors.DataError: "learngene {command} --help",
     errors.TrainingError: "learngene {command} --resume with a lower --lr",
 }
 
@@ -37,7 +34,9 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A registry na
 DepthOption = Annotated[int | None, typer.Option("--depth", help="Blocks; native where left out.")]
 WidthOption = Annotated[int | None, typer.Option("--width", help="Numbers per token; native where left out.")]
 HeadsOption = Annotated[int | None, typer.Option("--heads", help="Attention heads; width / head_dim where left out.")]
-LabelsOption = Annotated[int | None, typer.Option("--num-labels", help="Classes of the fresh head.")]
+LabelsOption = Annotated[
+    int | None, typer.Option("--num-labels", help="Classes; the ancestor's number where left out.")
+]
 ImageSizeOption = Annotated[int | None, typer.Option("--image-size", help="Side in pixels; native where left out.")]
 ChannelsOption = Annotated[int, typer.Option("--in-chans", help="Channels of an image.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")]
@@ -92,7 +91,8 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(run)
     def command(**given: Any) -> None:
         out = chosen_output(**{parameter.name: given.pop(parameter.name) for parameter in shared})
-        call(functools.partial(run, out, **given), out, run.__name__.rstrip("_"))
+        name = next((str(given[key]) for key in ("name", "model") if given.get(key)), "NAME")
+        call(functools.partial(run, out, **given), out, run.__name__.rstrip("_"), name)
 
     del command.__wrapped__
     command.__signature__ = inspect.Signature(both)  # pyright: ignore[reportAttributeAccessIssue]
@@ -100,7 +100,7 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def call(run: Callable[[], None], out: Output, command: str) -> None:
+def call(run: Callable[[], None], out: Output, command: str, name: str = "NAME") -> None:
     """Runs a command; whatever it raises becomes one line on stderr and an exit status."""
     debug = os.environ.get("LEARNGENE_DEBUG") == "1"
     if not out.interactive:  # the libraries below read these when they are imported, which is later
@@ -117,7 +117,7 @@ def call(run: Callable[[], None], out: Output, command: str) -> None:
         if debug:
             raise
         fits = next(NEXT[kind] for kind in type(error).__mro__ if kind in NEXT)
-        out.error(f"{error} (next: {fits.format(command=command)})")
+        out.error(f"{error} (next: {fits.format(command=command, name=name)})")
         raise typer.Exit(1) from None
     except Exception as error:  # the last line of defence: a bug, or a machine that is out of memory or disk
         if debug:

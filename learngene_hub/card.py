@@ -74,8 +74,8 @@ def _reach(learngene: Learngene) -> str:
             learngene.reach.check(shape)
         except ShapeError:
             continue
-        rows.append([f"{depth}x{width}", f"{shape.params() / 1e6:.2f} M", f"{shape.macs() / 1e9:.2f} G"])
-    costs = table(["shape", "parameters", "multiply-adds"], rows)
+        rows.append([f"{depth}x{width}", f"{shape.params() / 1e6:.2f} M", f"{shape.flops() / 1e9:.2f} G"])
+    costs = table(["shape", "parameters", "FLOPs of one image"], rows)
     return (
         f"## Reach\n\n{str(learngene.reach).capitalize()}, heads of {native.head_dim}, any image size divisible by "
         f"{native.patch}, any number of input channels. One file, {learngene.nbytes / 1e6:.1f} MB of tensors, "

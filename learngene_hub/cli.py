@@ -119,7 +119,7 @@ def show(
     learngene show lsamd-base --depth 12 --width 384 --num-labels 10 --json
     """
     from learngene_hub.factory import plan
-    from learngene_hub.hub import pull
+    from learngene_hub.hub import locate, pull
 
     learngene = pull(name)
     shape = plan(
@@ -139,11 +139,11 @@ def show(
         "native": str(learngene.shape),
         "reach": str(learngene.reach),
         "params": learngene.params,
-        "bytes": learngene.nbytes,
+        "bytes": locate(name).path.stat().st_size,
         "sha256": learngene.digest,
         "descendant": _cost(shape, dtype),
     }
-    out.facts(facts, key="sha256")
+    out.facts(facts, key="name")
 
 
 def _cost(shape: ViTShape, dtype: str) -> dict[str, Any]:
@@ -155,7 +155,9 @@ def _cost(shape: ViTShape, dtype: str) -> dict[str, Any]:
         "width": shape.width,
         "heads": shape.heads,
         "image_size": shape.image_size,
+        "in_chans": shape.in_chans,
         "num_labels": shape.classes,
+        "dtype": dtype,
         "params": shape.params(),
         "flops": shape.flops(),
         "bytes": shape.bytes(NUMBER_BYTES[dtype]),

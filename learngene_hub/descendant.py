@@ -123,7 +123,7 @@ class Descendant(TimmWrapperForImageClassification):
                 "name": _name(name_or_path_or_uri),
                 "digest": learngene.digest,
                 "method": learngene.method,
-                "shape": learngene.shape.to_dict(),
+                "learngene_shape": learngene.shape.to_dict(),
                 "version": __version__,
             },
         )

@@ -87,15 +87,11 @@ def plan(
     native = learngene.shape
     wanted = native.width if width is None else width
     sizes = {"depth": native.depth if depth is None else depth, **_width(native, wanted)}
-    learngene.reach.check(replace(native, **sizes))
+    if type(sizes["depth"]) is int and type(wanted) is int:  # anything else the shape refuses
+        learngene.reach.require(sizes["depth"], wanted)
     labels = native.classes if num_labels is None else num_labels
     if num_labels is not None and (isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1):
         raise ShapeError(f"num_labels {num_labels!r} asked; a classifier has a whole number of at least 1")
-    if heads is not None and heads != wanted // native.head_dim:
-        raise ShapeError(
-            f"{heads} heads asked at width {wanted}; this learngene's heads are {native.head_dim} wide: "
-            f"{wanted // native.head_dim} heads would work"
-        )
     shape = replace(
         native,
         **sizes,
@@ -103,6 +99,11 @@ def plan(
         in_chans=in_chans,
         classes=labels,
     )
+    if heads is not None and heads != wanted // native.head_dim:
+        raise ShapeError(
+            f"{heads} heads asked at width {wanted}; this learngene's heads are {native.head_dim} wide: "
+            f"{wanted // native.head_dim} heads would work"
+        )
     shape.require_budget(MAX_PARAMS if max_params is None else max_params)
     return shape
 

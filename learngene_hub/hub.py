@@ -10,9 +10,12 @@ HF_ENDPOINT, tokens, timeouts. The user's own registry, LEARNGENE_REGISTRY, may 
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -76,12 +79,25 @@ class HubStore:
 
         asked = parse_repository(uri, revision)
         try:
-            path = hf_hub_download(
-                asked.repo, self.file_name, revision=asked.revision, endpoint=self.endpoint, cache_dir=self.cache
-            )
+            with _quiet_client():
+                path = hf_hub_download(
+                    asked.repo, self.file_name, revision=asked.revision, endpoint=self.endpoint, cache_dir=self.cache
+                )
         except Exception as error:  # the client lets errors of its HTTP library through, whose name changed with 2.0
             raise StoreError(_reason(asked, self, error)) from error
         return Path(path)
+
+
+@contextlib.contextmanager
+def _quiet_client() -> Iterator[None]:
+    """Without the client's log of each retry: what went wrong comes once, in the StoreError."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class Repository(NamedTuple):
@@ -228,7 +244,7 @@ def _reason(asked: Repository, store: HubStore, error: Exception) -> str:
         return f"{asked.repo} has no revision {asked.revision!r}: {server}/{asked.repo}/commits lists them"
     if isinstance(error, errors.LocalEntryNotFoundError):
         if constants.HF_HUB_OFFLINE:
-            return f"{asked} is not in the cache and HF_HUB_OFFLINE is set: pull it once without"
+            return f"{asked} is not in the cache and HF_HUB_OFFLINE is set: load it once without that variable"
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     elif isinstance(error, errors.EntryNotFoundError):
         return f"{asked} has no {store.file_name}: another repository, or revision, may have"

@@ -204,10 +204,9 @@ class ViTShape:
             return
         empty = self.params() - self.depth * self._block_params()
         depth = (max_params - empty) // self._block_params()
-        fits = f"depth {depth} at width {self.width}" if depth >= 1 else f"a width below {self.width}"
-        raise BudgetError(
-            f"{self} asked: {self.params():,} parameters; at most {max_params:,} are allowed: {fits} would fit"
-        )
+        least = replace(self, depth=1).params()
+        fits = f"depth {depth} would fit" if depth >= 1 else f"at width {self.width} even depth 1 has {least:,}"
+        raise BudgetError(f"{self} asked: {self.params():,} parameters; at most {max_params:,} are allowed: {fits}")
 
     def _block_params(self) -> int:
         return replace(self, depth=2).params() - replace(self, depth=1).params()
@@ -346,13 +345,21 @@ class Reach:
         Raises:
             ShapeError: it has not; the message names the nearest that are.
         """
+        self.require(shape.depth, shape.width)
+
+    def require(self, depth: int, width: int) -> None:
+        """Nothing, where this depth and this width are within reach; numbers that no ViT has are told the same way.
+
+        Raises:
+            ShapeError: they are not; the message names the nearest that are.
+        """
         (shallow, deep), (narrow, wide, step) = self.depths, self.widths
-        if not shallow <= shape.depth <= deep:
-            near = shallow if shape.depth < shallow else deep
-            raise ShapeError(f"depth {shape.depth} asked; this learngene reaches {self}: depth {near} would work")
-        if not narrow <= shape.width <= wide or (shape.width - narrow) % step:
-            near = nearest(shape.width, lo=narrow, step=step, hi=wide)
-            raise ShapeError(f"width {shape.width} asked; this learngene reaches {self}: width {near} would work")
+        if not shallow <= depth <= deep:
+            near = shallow if depth < shallow else deep
+            raise ShapeError(f"depth {depth} asked; this learngene reaches {self}: depth {near} would work")
+        if not narrow <= width <= wide or (width - narrow) % step:
+            near = nearest(width, lo=narrow, step=step, hi=wide)
+            raise ShapeError(f"width {width} asked; this learngene reaches {self}: width {near} would work")
 
     def __str__(self) -> str:
         (shallow, deep), (narrow, wide, step) = self.depths, self.widths

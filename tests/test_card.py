@@ -142,14 +142,14 @@ def test_what_it_costs_is_what_the_shapes_cost() -> None:
     assert part.startswith("Depth 1-12, width 32-768 step 32, heads of 32, any image size divisible by 8,")
     assert f"One file, {learngene.nbytes / 1e6:.1f} MB of tensors" in part and "At 10 labels and 32 px" in part
     head, *rows = tables(part)[0]
-    assert head == ["shape", "parameters", "multiply-adds"] and len(rows) == 7
-    for name, params, macs in rows:
+    assert head == ["shape", "parameters", "FLOPs of one image"] and len(rows) == 7
+    for name, params, flops in rows:
         depth, width = map(int, name.split("x"))
         stem = 3 * 8 * 8 * width + width + 17 * width + width  # patches, their bias, positions, class token
         by_hand = depth * (12 * width**2 + 13 * width) + stem + 2 * width + 10 * width + 10
         shape = ViTShape(depth=depth, width=width, heads=width // 32, patch=8, image_size=32, classes=10)
         assert shape.params() == by_hand
-        assert params == f"{by_hand / 1e6:.2f} M" and macs == f"{shape.macs() / 1e9:.2f} G"
+        assert params == f"{by_hand / 1e6:.2f} M" and flops == f"{shape.flops() / 1e9:.2f} G"
 
 
 @pytest.mark.parametrize("case", ["reach", "heads"])

@@ -332,7 +332,7 @@ def test_it_records_where_it_came_from(path: Path, tmp_path: Path) -> None:
         "name": "pico.safetensors",  # of a path on this machine the name only
         "digest": gene.digest,
         "method": "lsamd",
-        "shape": gene.shape.to_dict(),
+        "learngene_shape": gene.shape.to_dict(),
         "version": __version__,
     }
     assert model.config.learngene == facts

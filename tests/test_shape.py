@@ -258,7 +258,7 @@ def test_bytes_and_budget() -> None:
         BudgetError, match="12x192 asked: 5,717,416 parameters; at most 5,000,000 are allowed: depth 10"
     ):
         shape.require_budget(5_000_000)
-    with pytest.raises(BudgetError, match="a width below 192"):
+    with pytest.raises(BudgetError, match="at width 192 even depth 1 has 823,912"):
         shape.require_budget(1000)
     assert replace(shape, depth=10).params() <= 5_000_000 < replace(shape, depth=11).params()
 
