@@ -244,7 +244,7 @@ def _reason(asked: Repository, store: HubStore, error: Exception) -> str:
         return f"{asked.repo} has no revision {asked.revision!r}: {server}/{asked.repo}/commits lists them"
     if isinstance(error, errors.LocalEntryNotFoundError):
         if constants.HF_HUB_OFFLINE:
-            return f"{asked} is not in the cache and HF_HUB_OFFLINE is set: load it once without that variable"
+            return f"{asked} is not in the cache and HF_HUB_OFFLINE is set: load it once online"
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     elif isinstance(error, errors.EntryNotFoundError):
         return f"{asked} has no {store.file_name}: another repository, or revision, may have"

@@ -334,5 +334,5 @@ def test_offline_means_offline(server: Hub, here: Path) -> None:
     assert offline_lines[0] == small().digest
     assert (
         offline_lines[1]
-        == "org/other is not in the cache and HF_HUB_OFFLINE is set: load it once without that variable"
+        == "org/other is not in the cache and HF_HUB_OFFLINE is set: load it once online"
     )
