@@ -332,7 +332,4 @@ def test_offline_means_offline(server: Hub, here: Path) -> None:
         f"no repository org/other on {server.url}: check the name, or `hf auth login` if it is private",
     ]
     assert offline_lines[0] == small().digest
-    assert (
-        offline_lines[1]
-        == "org/other is not in the cache and HF_HUB_OFFLINE is set: load it once online"
-    )
+    assert offline_lines[1] == "org/other is not in the cache and HF_HUB_OFFLINE is set: load it once online"
