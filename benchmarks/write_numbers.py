@@ -74,7 +74,8 @@ def _transfer(results: dict[str, Any]) -> str:
         "`rows` is the strongest training-free rival: evenly spaced blocks of the same ancestor, units copied. "
         "`base-even` "
         "is `lsamd-base` growing from evenly spaced blocks instead of the most frequent ones.\n\n"
-        f"{table(['shape', *arms], rows)}\n\n{comparison(results)}\n\nEvery run: "
+        f"{table(['shape', *arms], rows)}\n\n{comparison(results)}\n\n"
+        "![Accuracy per shape and data set](benchmarks/results/transfer.png)\n\nEvery run: "
         "[benchmarks/results/transfer.csv](benchmarks/results/transfer.csv)."
     )
 
