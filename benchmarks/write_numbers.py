@@ -95,7 +95,8 @@ def _speed() -> list[list[str]]:
             ["its peak extra memory over the model's bytes", f"{memory:.2f}", f"at most {grown['memory']['limit']}"]
         )
     for fitted in read("fit_speed.json") or []:
-        what = f"images/s of `fit` over a hand-written loop, {fitted['shape']} at {fitted['image_size']} px, {fitted['precision']}"
+        run = f"{fitted['shape']} at {fitted['image_size']} px, {fitted['precision']}"
+        what = f"images/s of `fit` over a hand-written loop, {run}"
         rows.append([what, f"{fitted['ratio_median']:.2f}", "at least 0.95"])
     if (aux := read("aux_speed.json")) is not None:
         rows.append(["an auxiliary step, through `expand`, over a plain one", f"{aux['ratio']:.2f}", "at most 1.10"])

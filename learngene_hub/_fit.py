@@ -153,7 +153,7 @@ class Run:
         """Attention as plain matrix products inside, on a CPU; as it was outside.
 
         timm's blocks ask torch for fused attention. On a GPU that is faster; on a CPU, at the few tokens of small
-        images, its backward pass takes a third of an update (benchmarks/README.md).
+        images, its backward pass is slow in bf16 (benchmarks/README.md).
         """
         fused = (
             [m for m in self.model.modules() if getattr(m, "fused_attn", False)] if self.device.type == "cpu" else []
