@@ -303,7 +303,7 @@ def test_results_of_another_artefact_are_not_this_ones(root: Path) -> None:
 def test_ratios_of_speed(root: Path) -> None:
     speeds: dict[str, Any] = {
         "grow_speed": {"time": {"ratio": 0.714, "limit": 1.0}, "memory": {"grow": {"ratio": 1.128}, "limit": 1.3}},
-        "fit_speed": [{"shape": "12x192", "image_size": 64, "ratio_median": 1.0129}],
+        "fit_speed": [{"shape": "12x192", "image_size": 64, "precision": "bf16", "ratio_median": 1.0129}],
         "aux_speed": {"ratio": 1.049},
     }
     for name, value in speeds.items():
@@ -316,4 +316,4 @@ def test_ratios_of_speed(root: Path) -> None:
         ["1.01", "at least 0.95"],
         ["1.05", "at most 1.10"],
     ]
-    assert "12x192 at 64 px" in rows[3][0]
+    assert "12x192 at 64 px, bf16" in rows[3][0]
