@@ -71,7 +71,7 @@ def _transfer(results: dict[str, Any]) -> str:
     return (
         f"Finetuning on data that `lsamd-base` never saw ({sets}), the mean over them of the {results['number']}: "
         f"{RECIPE}. "
-        "`rows` is the strongest training-free rival: evenly spaced blocks of the same ancestor, units copied. "
+        "`rows` is the training-free rival: evenly spaced blocks of the same ancestor, units copied. "
         "`base-even` "
         "is `lsamd-base` growing from evenly spaced blocks instead of the most frequent ones.\n\n"
         f"{table(['shape', *arms], rows)}\n\n{comparison(results)}\n\n"
