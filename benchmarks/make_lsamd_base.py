@@ -21,12 +21,11 @@ from pathlib import Path
 import timm
 import torch
 import yaml
+from _bundle import bundle
 from safetensors.torch import load_file
 
 from learngene_hub import Learngene, extract, load_images
-from learngene_hub.card import card_text
 from learngene_hub.data import Images
-from learngene_hub.registry import Registry
 from learngene_hub.training import Step, show_progress
 from learngene_hub.widening import Widening, widen
 
@@ -57,8 +56,7 @@ def main() -> None:
         tensors={name: tensor.half() for name, tensor in learngene.tensors.items()},
         settings={**learngene.settings, **config.get("growth", {})},
     )
-    finished.save_pretrained(ROOT / "model_cards" / NAME)
-    register(finished, config)
+    bundle(finished, NAME, config["description"])
 
 
 def searched_learngene(args: argparse.Namespace, config: dict) -> Learngene:
@@ -100,27 +98,6 @@ def watched(steps: Iterator[Step]) -> Iterator[Step]:
         if step.step % 20 == 0 or step.epoch_done:
             print(f"step {step.step}/{step.of} loss {step.loss:.3f} {step.seconds:.0f} s", flush=True)
         yield step
-
-
-def register(learngene: Learngene, config: dict) -> None:
-    """The row of registry.yaml (the only row of this name), and the card."""
-    path = ROOT / "registry.yaml"
-    rows = [row for row in (yaml.safe_load(path.read_text()) or []) if row["name"] != NAME] if path.exists() else []
-    file = ROOT / "model_cards" / NAME / "learngene.safetensors"
-    row = {
-        "name": NAME,
-        "method": learngene.method,
-        "uri": f"model_cards/{NAME}",
-        "sha256": learngene.digest,
-        "bytes": file.stat().st_size,
-        "license": learngene.license,
-        "card": f"model_cards/{NAME}/README.md",
-        "description": config["description"],
-    }
-    path.write_text(yaml.safe_dump([*rows, row], sort_keys=False, width=120))
-    entry = Registry.load(path).entries[NAME]
-    card = card_text(learngene, name=NAME, source=NAME, description=entry.description, nbytes=entry.bytes)
-    (file.parent / "README.md").write_text(card, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,25 +12,20 @@ out of the rows is ``_summary.py``'s.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import fcntl
-import io
-import multiprocessing
-import os
+import functools
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import _runs
 import torch
 from _arms import ARMS, DEFAULT_ARMS, Job, Row, Sources, initialise, learngene_of, measure, parse_shape
+from _runs import append_row, read_rows
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = "4x128,6x192,12x192,16x192,6x256,12x256,7x320,12x384"
 SETS = "signdigits,trashnet,dtd10"
-FIELDS = tuple(field.name for field in dataclasses.fields(Row))
-TYPES = {"seed": int, "params": int, "epoch_1": float, "epoch_2": float, "epoch_3": float, "seconds": float}
 
 
 def jobs(
@@ -53,52 +48,15 @@ def missing(wanted: Iterable[Job], rows: Iterable[Row], digests: dict[str, str])
     return [job for job in wanted if job not in done]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of the CSV, in its order; none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [Row(**{name: TYPES.get(name, str)(line[name]) for name in FIELDS}) for line in csv.DictReader(file)]
-
-
-def append_row(path: Path, row: Row) -> None:
-    """Add one row (and the header to a new file) in a single write, under a lock."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        if os.fstat(file.fileno()).st_size == 0:
-            writer.writerow(FIELDS)
-        writer.writerow([getattr(row, name) for name in FIELDS])
-        file.write(text.getvalue().encode())
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def run(todo: Sequence[Job], sources: Sources, out: Path, workers: int) -> int:
     """Run the jobs in ``workers`` processes of one thread each; returns how many failed."""
-    failed = 0
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(measure, job, sources): job for job in todo}
-        try:
-            for count, future in enumerate(as_completed(futures), start=1):
-                job = futures[future]
-                what = f"{count}/{len(todo)} {job.arm} {job.shape} {job.set} seed {job.seed}"
-                if (error := future.exception()) is not None:
-                    failed += 1
-                    print(f"{what}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
-                    continue
-                row = future.result()
-                append_row(out, row)
-                print(
-                    f"{what}: {row.epoch_1:.1f} {row.epoch_2:.1f} {row.epoch_3:.1f} in {row.seconds:.0f} s", flush=True
-                )
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return failed
+    return _runs.run(todo, functools.partial(measure, sources=sources), told, workers, out)
+
+
+def told(job: Job, row: Row) -> str:
+    """A run in one line."""
+    reached = f"{row.epoch_1:.1f} {row.epoch_2:.1f} {row.epoch_3:.1f} in {row.seconds:.0f} s"
+    return f"{job.arm} {job.shape} {job.set} seed {job.seed}: {reached}"
 
 
 def adopt(rows: Sequence[Row], old: Sources, new: Sources) -> list[Row]:
@@ -156,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.summarise:
         from _summary import write_summary
 
-        rows = [row for row in read_rows(args.out) if row.precision == args.precision and row.arm in DEFAULT_ARMS]
+        rows = [row for row in read_rows(args.out, Row) if row.precision == args.precision and row.arm in DEFAULT_ARMS]
         print(write_summary(rows, args.out.with_suffix(""), base=args.base, picture=args.base == "rows"))
         return 0
     arms = args.arms.split(",")
@@ -168,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data=args.data, ancestor=args.ancestor, learngene=args.learngene, device=args.device, limit=args.limit
     )
     if args.adopt:
-        rows = read_rows(args.out)
+        rows = read_rows(args.out, Row)
         kept = adopt(rows, dataclasses.replace(sources, learngene=args.adopt), sources)
         for row in kept:
             append_row(args.out, row)
@@ -176,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     seeds = [int(seed) for seed in args.seeds.split(",")]
     wanted = jobs(arms, args.shapes.split(","), args.sets.split(","), seeds, args.precision)
-    todo = missing(wanted, read_rows(args.out), {arm: sources.digest(arm) for arm in arms})
+    todo = missing(wanted, read_rows(args.out, Row), {arm: sources.digest(arm) for arm in arms})
     print(f"{len(wanted)} runs, {len(wanted) - len(todo)} there already", flush=True)
     return 1 if run(todo, sources, args.out, args.workers) else 0
 

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from _arms import Sources, open_learngene
-from transfer import RESULTS, jobs, missing, read_rows, run
+from _arms import Row, Sources, open_learngene
+from _runs import read_rows
+from transfer import RESULTS, jobs, missing, run
 
 from learngene_hub import load_images
 from learngene_hub.training import show_progress
@@ -80,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.summarise:
         from _summary import write_summary
 
-        print(write_summary(read_rows(args.out), args.out.with_suffix(""), base="lsamd-base", picture=False))
+        print(write_summary(read_rows(args.out, Row), args.out.with_suffix(""), base="lsamd-base", picture=False))
         return 0
     if args.data is None:
         raise SystemExit("--data is missing: the folder with one folder per data set")
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for job in jobs(arms, shapes, SETS, [int(seed)], "bf16")
     ]
     digests = {arm: sources.digest(arm) for arm in {*ARMS_ABOVE, *ARMS_BELOW}}
-    todo = missing(wanted, read_rows(args.out), digests)
+    todo = missing(wanted, read_rows(args.out, Row), digests)
     print(f"{len(wanted)} runs, {len(wanted) - len(todo)} there already", flush=True)
     return 1 if run(todo, sources, args.out, args.workers) else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
 
 import _arms  # noqa: E402
+import _runs  # noqa: E402
 import _summary  # noqa: E402
 import demo  # noqa: E402
 import grow_speed  # noqa: E402
@@ -41,7 +43,7 @@ def rows(tmp_path: Path) -> list[Row]:
     """Eight rows of which two, of the digest "old", are stale."""
     path = tmp_path / "by_hand.csv"
     path.write_text(BY_HAND)
-    return transfer.read_rows(path)
+    return _runs.read_rows(path, Row)
 
 
 def job(arm: str, data: str = "a", seed: int = 0) -> Job:
@@ -138,17 +140,17 @@ def test_jobs_go_seed_by_seed() -> None:
 def test_rows_survive_the_file(tmp_path: Path, rows: list[Row]) -> None:
     path = tmp_path / "new" / "rows.csv"
     for row in rows:
-        transfer.append_row(path, row)
-    assert transfer.read_rows(path) == rows
+        _runs.append_row(path, row)
+    assert _runs.read_rows(path, Row) == rows
     with path.open() as file:
-        assert next(csv.reader(file)) == list(transfer.FIELDS)
-    assert transfer.read_rows(tmp_path / "none.csv") == []
+        assert next(csv.reader(file)) == [field.name for field in dataclasses.fields(Row)]
+    assert _runs.read_rows(tmp_path / "none.csv", Row) == []
 
 
 def test_summarise_writes_json_and_plot(tmp_path: Path, rows: list[Row], capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "transfer.csv"
     for row in rows[:-1]:
-        transfer.append_row(path, row)
+        _runs.append_row(path, row)
     assert transfer.main(["--summarise", "--out", str(path)]) == 0
     assert "+0.67 +- 1.45 over 3, 2 won, 1 lost" in capsys.readouterr().out
     assert json.loads((tmp_path / "transfer.json").read_text())["runs"] == 6
@@ -274,7 +276,7 @@ def test_workers_resume(pico_sources: Sources, tmp_path: Path, capfd: pytest.Cap
     assert transfer.main([*command, "lsamd-base"]) == 0
     assert transfer.main([*command, "lsamd-base,random"]) == 0
     assert "2 runs, 1 there already" in capfd.readouterr().out
-    assert [row.arm for row in transfer.read_rows(out)] == ["lsamd-base", "random"]
+    assert [row.arm for row in _runs.read_rows(out, Row)] == ["lsamd-base", "random"]
 
 
 @pytest.mark.slow
