@@ -10,7 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from _learned_summary import LEARNED, TUNED, as_card
+
 from learngene_hub import Learngene
+from learngene_hub._card_results import score
 from learngene_hub.card import RECIPE, card_text, comparison, measured_with, table
 from learngene_hub.registry import Registry
 
@@ -37,7 +40,7 @@ def write_readme() -> None:
 
 def cards() -> dict[str, str]:
     """Name -> card of every bundled learngene."""
-    results = read("transfer.json")
+    transfer, learned = read("transfer.json"), read("learned.json")
     made = {}
     for name, entry in Registry.load(ROOT / "registry.yaml").entries.items():
         learngene = Learngene.load(ROOT / entry.uri / "learngene.safetensors")
@@ -47,7 +50,7 @@ def cards() -> dict[str, str]:
             source=name,
             description=entry.description,
             nbytes=entry.bytes,
-            results=results,
+            results=transfer if learned is None or measured_with(transfer, entry.sha256) else as_card(learned),
         )
     return made
 
@@ -63,6 +66,8 @@ def readme_part() -> str:
     transfer = read("transfer.json")
     if any(measured_with(transfer, entry.sha256) for entry in Registry.load(ROOT / "registry.yaml").entries.values()):
         parts.append(_transfer(transfer))
+    if (learned := read("learned.json")) is not None:
+        parts.append(_learned(learned))
     if rows := _speed():
         parts.append("On a shared machine, so only ratios mean much:\n\n" + table(["what", "measured", "goal"], rows))
     return "\n\n".join(parts)
@@ -85,6 +90,45 @@ def _transfer(results: dict[str, Any]) -> str:
         comparison(results),
         "![Accuracy per shape and data set](benchmarks/results/transfer.png)",
         "Every run: [benchmarks/results/transfer.csv](benchmarks/results/transfer.csv).",
+    ]
+    return "\n\n".join(parts)
+
+
+def _learned(found: dict[str, Any]) -> str:
+    """The learned methods beside the training-free ones."""
+    results, tuning, ancestor = as_card(found), found["tuning"], found["ancestor"]
+    shapes, arms = [cell["shape"] for cell in results["cells"]], list(results["overall"])
+    last = str(max(tuning["random_epochs"]))
+    seeds = results["cells"][0]["arms"][results["base"]]["n"]
+
+    def line(arm: str, epoch: str) -> list[str]:
+        cells = [found["accuracy"][arm][shape].get(epoch) for shape in shapes]
+        return [f"{arm}, {epoch}", *map(score, cells), _mean(cells)]
+
+    rows = [line(arm, epoch) for arm in arms for epoch in ("1", str(TUNED))] + [line("random", last)]
+    scratch = {shape: found["accuracy"]["random"][shape][last]["mean"] for shape in shapes}
+    ahead = [
+        f"{arm} in {sum(found['accuracy'][arm][s]['1']['mean'] > scratch[s] for s in shapes)}" for arm in arms[:-1]
+    ]
+    costs = [
+        [arm, *(f"{cost[key]:g}" for key in ("stored_megabytes", "extraction_images", "extraction_petaflops"))]
+        + [f"{cost['tuning_petaflops']:g}, {cost['tuning_epochs']} epochs"]
+        for arm, cost in found["compute"].items()
+        if arm in arms
+    ]
+    parts = [
+        f"The learned expansions ({', '.join(LEARNED)}) against the training-free ones and scratch: all from one "
+        f"DeiT-Tiny finetuned on {found['data']} at 64 px ({ancestor['accuracy'][-1]:.1f} % after "
+        f"{ancestor['images_seen']:,} images); every ViT is then trained on {results['recipe']}. Test accuracy after 1 "
+        f"and {TUNED} epochs, of scratch also after {last}; mean and deviation over {seeds} seeds, "
+        "which also draw the extraction:",
+        table(["start, epochs", *shapes, "mean"], rows),
+        comparison(results),
+        f"After 1 epoch ahead of scratch after {last}: {', '.join(ahead)} of {len(shapes)} shapes.",
+        "What it costs: training FLOPs in 10^15 (three times the forward's) of one extraction, the ancestor's own "
+        "training left out, and of finetuning one ViT of each of the shapes:",
+        table(["start", "stored MB (fp16)", "images seen in extraction", "extraction", "finetuning"], costs),
+        "![Accuracy over epochs](benchmarks/results/learned.png)",
     ]
     return "\n\n".join(parts)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from learngene_hub.errors import ShapeError as ShapeError
     from learngene_hub.errors import StoreError as StoreError
     from learngene_hub.errors import TrainingError as TrainingError
+    from learngene_hub.factory import constrain as constrain
     from learngene_hub.factory import evaluate as evaluate
     from learngene_hub.factory import expand as expand
     from learngene_hub.factory import extract as extract
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from learngene_hub.shape import Preprocessing as Preprocessing
     from learngene_hub.shape import Reach as Reach
     from learngene_hub.shape import ViTShape as ViTShape
+    from learngene_hub.teacher import Teacher as Teacher
     from learngene_hub.training import Recipe as Recipe
     from learngene_hub.training import Step as Step
     from learngene_hub.training import fit as fit
@@ -62,8 +64,10 @@ _HOME = {  # public name -> the module that defines it
     "ShapeError": "errors",
     "Step": "training",
     "StoreError": "errors",
+    "Teacher": "teacher",
     "TrainingError": "errors",
     "ViTShape": "shape",
+    "constrain": "factory",
     "evaluate": "factory",
     "expand": "factory",
     "extract": "factory",

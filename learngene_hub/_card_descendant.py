@@ -21,6 +21,9 @@ from learngene_hub._card_facts import (
     text,
 )
 from learngene_hub._card_results import descendant_results
+from learngene_hub._format import ODD
+from learngene_hub.errors import LearngeneError
+from learngene_hub.shape import shape_from_dict
 
 LABELS_SHOWN = 100
 NOT_MEASURED = (
@@ -78,32 +81,68 @@ def descendant_card(
 
 
 def _what(facts: Mapping[str, Any], params: int) -> str:
-    sizes = mapping(facts.get("model_args"))
-    depth, width = amount(sizes.get("depth"), ""), amount(sizes.get("embed_dim"), "")
-    side, classes = amount(sizes.get("img_size"), ""), amount(facts.get("num_classes"), ",")
-    parts = [f"{params:,} parameters"]
-    parts += [f"{depth} blocks of width {width}"] if depth and width else []
+    classes, side = amount(facts.get("num_classes"), ","), _input(facts)[1]
+    parts = [f"{params:,} parameters", *_blocks(mapping(facts.get("model_args")))]
     parts += [f"images of {side} px"] if side else []
     parts += [f"{classes} labels"] if classes else []
+    sort = "convolutional network" if "stages" in mapping(facts.get("model_args")) or _is_resnet(facts) else ""
+    if _is_ours(facts):
+        load = "`timm` and `transformers` load it after `import learngene_hub.descendant`."
+    else:
+        load = "Plain `timm` and `transformers` load it."
     return (
-        f"A vision transformer for image classification: {', '.join(parts)}. It was grown from a learngene, a small "
-        "part of a pre-trained model that stands for ViTs of many sizes. Plain `timm` and `transformers` load it."
+        f"A {sort or 'vision transformer'} for image classification: {', '.join(parts)}. It was grown from a "
+        f"learngene, a small part of a pre-trained model that stands for {'networks' if sort else 'ViTs'} of many "
+        f"sizes. {load}"
     )
 
 
+def _is_ours(facts: Mapping[str, Any]) -> bool:
+    """Whether timm knows the architecture only from learngene_hub."""
+    return str(facts.get("architecture")).startswith("learngene_")
+
+
+def _is_resnet(facts: Mapping[str, Any]) -> bool:
+    return str(facts.get("architecture")).startswith("resnet")
+
+
+def _blocks(sizes: Mapping[str, Any]) -> list[str]:
+    """Blocks and widths, where the arguments of the model have them."""
+    heads, depths, widths = (numbers(sizes.get(key), 4096) for key in ("heads", "depths", "widths"))
+    if depths and len(depths) == len(widths):
+        parts = (
+            f"{amount(depth, '')} blocks of width {amount(width, '')}"
+            for depth, width in zip(depths, widths, strict=True)
+        )
+        return [" and ".join(parts)]
+    depth, width = amount(len(heads) or sizes.get("depth"), ""), amount(sizes.get("embed_dim"), "")
+    if not (depth and width):
+        return []
+    return [f"{depth} blocks of width {width}"] + ([f"heads {_list(heads[:64])}"] if heads else [])
+
+
+def _input(facts: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Channels and side of its images, as far as they are told."""
+    sizes, told = mapping(facts.get("model_args")), numbers(mapping(facts.get("pretrained_cfg")).get("input_size"))
+    channels, side = sizes.get("in_chans"), sizes.get("img_size")
+    if len(told) == 3:
+        channels, side = (told[0] if channels is None else channels), (told[2] if side is None else side)
+    return amount(channels, ""), amount(side, "")
+
+
 def _loading(facts: Mapping[str, Any], repo: str) -> str:
-    sizes = mapping(facts.get("model_args"))
-    channels, side = (amount(sizes.get(key), "") or usual for key, usual in (("in_chans", "3"), ("img_size", "224")))
+    channels, side = (said or usual for said, usual in zip(_input(facts), ("3", "224"), strict=True))
+    first = "import learngene_hub.descendant  # timm learns the architecture from it\n" if _is_ours(facts) else ""
     blocks = ["## Use"]
     if channels == "3":  # a picture as files hold it
         blocks.append(f"""```python
-from transformers import pipeline
+{first}from transformers import pipeline
 
 classify = pipeline("image-classification", model={json.dumps(repo)})
 print(classify("photo.jpg"))
 ```""")
     blocks.append(f"""```python
-import timm
+{first}import timm
 import torch
 
 model = timm.create_model({json.dumps(f"hf-hub:{repo}")}, pretrained=True).eval()
@@ -122,15 +161,20 @@ def _origin(facts: Mapping[str, Any], grown: Mapping[str, Any]) -> str:
         ["revision", code(grown["revision"]) if grown.get("revision") else ""],
         ["sha256", code(grown.get("digest", "not recorded"))],
         ["method", method_line(grown.get("method", "not recorded"))],
-        ["native shape", _size(native.get("depth"), native.get("width"))],
+        ["native shape", _native(native)],
         ["grown with", f"learngene-hub {text(grown['version'], 40)}" if grown.get("version") else ""],
         ["mean and deviation of its input", f"{_list(cfg.get('mean'))}; {_list(cfg.get('std'))}" if cfg else ""],
     ]
     return "## Where it comes from\n\n" + table(["", ""], [row for row in rows if row[1]])
 
 
-def _size(depth: Any, width: Any) -> str:
-    said = amount(depth, ""), amount(width, "")
+def _native(shape: Mapping[str, Any]) -> str:
+    if "kind" in shape:
+        try:
+            return text(str(shape_from_dict(shape)))
+        except (LearngeneError, *ODD):
+            return ""
+    said = amount(shape.get("depth"), ""), amount(shape.get("width"), "")
     return "x".join(part for part in said if part) if all(said) else ""
 
 

@@ -29,6 +29,9 @@ def measured_with(results: Mapping[str, Any] | None, digest: str) -> bool:
 def read_results(results: Mapping[str, Any] | None, digest: str, seen: Collection[str]) -> Told:
     """What transfer.py measured with the artefact of this digest; nothing where it measured others.
 
+    Results of another comparison also say their ``recipe``, the arm ``base`` that the others are compared with (their
+    differences stand under ``minus_BASE``), and ``meanings`` of the arms.
+
     Args:
         seen: names of the data sets of the extraction.
 
@@ -91,11 +94,12 @@ def _prose(results: Mapping[str, Any], digest: str, seen: Collection[str]) -> st
         [text(cell["shape"]), text(cell["set"]), *(score(cell["arms"].get(arm)) for arm in arms)]
         for cell in results["cells"]
     ]
-    meanings = {_arm(results, digest): "this learngene"} | ARMS
+    meanings = {_arm(results, digest): "this learngene"} | dict(results.get("meanings", ARMS))
+    how = text(str(results.get("recipe", RECIPE)))
     parts = [
         f"The {text(results['number'])}, mean and standard deviation over seeds (one run where no deviation stands): "
-        f"{RECIPE}. {_held_out({cell['set'] for cell in results['cells']}, seen)}".rstrip(),
-        "\n".join(f"- {code(arm)}: {meanings[arm]}." for arm in arms if arm in meanings),
+        f"{how}. {_held_out({cell['set'] for cell in results['cells']}, seen)}".rstrip(),
+        "\n".join(f"- {code(arm)}: {text(meanings[arm])}." for arm in arms if arm in meanings),
         table(["shape", "data set", *map(text, arms)], rows),
         comparison(results),
     ]
@@ -113,9 +117,9 @@ def _held_out(measured: Collection[str], seen: Collection[str]) -> str:
 
 
 def comparison(results: Mapping[str, Any]) -> str:
-    """The paired differences to ``rows`` in words, where it wins and where not."""
-    lines = []
-    for arm, found in results["minus_rows"].items():
+    """The paired differences to the arm ``base`` (rows) in words, where it wins and where not."""
+    lines, base = [], text(str(results.get("base", "rows")))
+    for arm, found in results[f"minus_{base}"].items():
         overall, cells = found["overall"], found["per_shape_and_set"]
         if arm == "random" or overall is None:
             continue
@@ -125,7 +129,7 @@ def comparison(results: Mapping[str, Any]) -> str:
         error = "" if overall["se"] is None else f" ± {overall['se']:.2f}"
         runs = "1 run" if overall["n"] == 1 else f"{overall['n']} runs"
         lines.append(
-            f"{text(arm)} less rows, paired: {overall['mean']:+.2f}{error} points over {runs}; ahead in {ahead} of "
+            f"{text(arm)} less {base}, paired: {overall['mean']:+.2f}{error} points over {runs}; ahead in {ahead} of "
             f"{len(means)} pairs of shape and data set, most at {text(means[-1][1])} ({means[-1][0]:+.1f}); behind at "
             f"{lost or 'none'}."
         )

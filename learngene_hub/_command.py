@@ -35,7 +35,14 @@ NEXT: Mapping[type, str] = {  # error -> the command that helps, where one does;
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A registry name, a path, or ORG/REPO[@REVISION].")]
 DepthOption = Annotated[int | None, typer.Option("--depth", help="Blocks; native where left out.")]
 WidthOption = Annotated[int | None, typer.Option("--width", help="Numbers per token; native where left out.")]
-HeadsOption = Annotated[int | None, typer.Option("--heads", help="Attention heads; width / head_dim where left out.")]
+HeadsOption = Annotated[
+    str | None,
+    typer.Option("--heads", metavar="N[,N...]", help="Attention heads, or one number per block; native if left out."),
+]
+GrowthOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A growth setting, for this call; may be repeated."),
+]
 LabelsOption = Annotated[
     int | None, typer.Option("--num-labels", help="Classes; the ancestor's number where left out.")
 ]
@@ -162,6 +169,21 @@ def require_dtype(name: str) -> torch.dtype:
     if name not in NUMBER_BYTES:
         raise errors.SettingsError(f"dtype {name!r} asked; there are {', '.join(NUMBER_BYTES)}")
     return getattr(torch, name)
+
+
+def read_heads(written: str | None) -> int | tuple[int, ...] | None:
+    """The number of heads, or one for each block, that ``--heads`` names.
+
+    Raises:
+        typer.BadParameter: it names none.
+    """
+    if written is None:
+        return None
+    parts = written.split(",")
+    if not all(part.strip().isdecimal() and len(part.strip()) <= 9 for part in parts):
+        raise typer.BadParameter(f"{written!r} is no number of heads; 6, or 3,3,6 of three blocks, would work")
+    first, *others = (int(part) for part in parts)
+    return (first, *others) if others else first
 
 
 def read_settings(config: Path | None, pairs: Sequence[str]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,19 +22,37 @@ from learngene_hub._command import (
     tell_skipped,
 )
 from learngene_hub._output import Output
-from learngene_hub._resume import IMAGE_SIZE, OldSizeOption, ResumeOption, claim, interruptible, one_size, state_of
+from learngene_hub._resume import (
+    IMAGE_SIZE,
+    OldSizeOption,
+    ResumeOption,
+    claim,
+    interruptible,
+    is_finished,
+    one_size,
+    state_of,
+)
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from learngene_hub.data import Images
-    from learngene_hub.descendant import Descendant
     from learngene_hub.learngene import Learngene
+    from learngene_hub.methods import Method
+    from learngene_hub.shape import Preprocessing
+    from learngene_hub.teacher import Teacher
+    from learngene_hub.training import Step
     from learngene_hub.widening import Widening
+
+HUB = "hf-hub:"  # timm's prefix of a Hub repository
+COST = ("steps", "images_seen", "flops", "teacher_flops")  # of the provenance: what is told of the cost
+MODEL = "a folder that timm saved, ORG/REPO or hf-hub:ORG/REPO on the Hub, or a name of timm's"
 
 
 def extract(
     out: Output,
     method: Annotated[str, typer.Argument(metavar="METHOD", help="One of `learngene methods`.")],
-    ancestor: Annotated[str, typer.Argument(metavar="ANCESTOR", help="A folder of a plain timm ViT, or its Hub id.")],
+    ancestor: Annotated[str, typer.Argument(metavar="ANCESTOR", help=f"A timm model: {MODEL}.")],
     path: Annotated[Path, typer.Option("--out", help="The folder, or NAME.safetensors file, to write.")],
     data: Annotated[
         list[str] | None,
@@ -52,6 +71,18 @@ def extract(
     size: OldSizeOption = None,
     split: Annotated[str, typer.Option("--split", help="The split of each data set to use.")] = "train",
     limit: LimitOption = None,
+    ancestor_weights: Annotated[
+        Path | None, typer.Option("--ancestor-weights", help="A .safetensors file, for an ANCESTOR named as timm does.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="Learn from this model's predictions, not the ancestor's.")
+    ] = None,
+    teacher_weights: Annotated[
+        Path | None, typer.Option("--teacher-weights", help="A .safetensors file, for a --teacher named as timm does.")
+    ] = None,
+    teacher_cache: Annotated[
+        Path | None, typer.Option("--teacher-cache", help="Keep what the teacher says here; other runs read it.")
+    ] = None,
     ancestor_license: Annotated[str, typer.Option("--ancestor-license", help="SPDX, such as Apache-2.0.")] = "",
     skip_unreadable: SkipOption = False,
     resume: ResumeOption = False,
@@ -59,14 +90,17 @@ def extract(
 ) -> None:
     """Make a learngene from a pre-trained ancestor.
 
-    An interrupted extraction goes on with the same command and --resume; about a minute of it is lost.
+    An interrupted extraction goes on with the same command and --resume; about a minute of it is lost. ANCESTOR and
+    --teacher are a folder, ORG/REPO or hf-hub:ORG/REPO, or timm's name of a model; a CNN where the method allows it.
 
     \b
     learngene extract lsamd timm/deit_tiny_patch16_224.fb_in1k --data signdigits --data photos/ --image-size 64 \\
         --set epochs=10 --widen widths=[64,128] --widen rows=128 --dtype float16 --out my-learngene
     learngene extract lsamd ancestor --data signdigits --data photos/ --out my-learngene --resume
+    learngene extract tleg deit_tiny_patch16_224 --teacher regnety_016.tv2_in1k --data photos/ --out my-learngene
     """
     from learngene_hub import methods
+    from learngene_hub.shape import ViTShape
     from learngene_hub.widening import Widening, require_group
 
     settings = read_settings(config, pairs or [])
@@ -75,50 +109,140 @@ def extract(
     asked = methods.get_method(method, settings)  # refuses a wrong setting before anything is read
     if stage:
         require_group(asked)
+    _require_teachable(asked, teacher, teacher_weights, teacher_cache)
     pixels = one_size(image_size, size) or IMAGE_SIZE
     state = state_of(path)
+    if resume and is_finished(_file(path), state):
+        _tell_finished(out, _file(path), asked)
+        return
     claim(out, path, state, resume=resume, yes=yes)
     with interruptible(out, state):
-        model = _ancestor(ancestor, stage)
+        chosen = load_model(ancestor, ancestor_weights, "--ancestor-weights")
+        methods.require_ancestor(asked, chosen.model)
+        if stage:
+            stage.require(ViTShape.of(chosen.model))
+        taught = _taught(teacher, teacher_weights, teacher_cache, chosen)
         images = _data_sets(data or [], split=split, size=pixels, limit=limit, skip_unreadable=skip_unreadable)
         for each in images.values():
             tell_skipped(out, each)
         began = time.perf_counter()
-        source = f"./{Path(ancestor).resolve().name}" if Path(ancestor).exists() else ancestor  # not taken for org/repo
-        facts = {"name": Path(ancestor).name, "source": source, "license": ancestor_license}
-        learngene = _extracted(method, settings, model, images, facts, stage, state).to(number)
+        facts = {"name": chosen.name, "source": chosen.source, "license": ancestor_license}
+        learngene = _extracted(out, method, settings, chosen, images, facts, stage, state, taught).to(number)
         file = _stored(learngene, path)
     shutil.rmtree(state, ignore_errors=True)
-    facts = {
+    out.facts(_told(learngene, file, time.perf_counter() - began), key="path")
+    out.note(f"Next: learngene show {file} --depth {learngene.shape.depth}")
+
+
+def _told(learngene: Learngene, file: Path, seconds: float) -> dict[str, Any]:
+    """What is told of an extraction: where it is, what it can grow, and what it cost."""
+    cost = {name: learngene.provenance[name] for name in COST if name in learngene.provenance}
+    return {
         "path": str(file),
-        "method": method,
+        "method": learngene.method,
         "reach": str(learngene.reach),
         "params": learngene.params,
         "bytes": file.stat().st_size,
         "sha256": learngene.digest,
-        "seconds": time.perf_counter() - began,
+        **cost,
+        "seconds": seconds,
     }
-    out.facts(facts, key="path")
-    out.note(f"Next: learngene show {file} --depth {learngene.shape.depth}")
 
 
-def _ancestor(source: str, stage: Widening | None) -> Descendant:
-    """The ancestor, which the width stage, if there is one, can be made for."""
+def _tell_finished(out: Output, file: Path, asked: Method) -> None:
+    """What is told instead of an extraction that is done already.
+
+    Raises:
+        SettingsError: what is there was made by another method, or with other settings.
+    """
+    from learngene_hub import methods
+    from learngene_hub.learngene import Learngene
+
+    learngene = Learngene.load(file)
+    made = methods.get_method(learngene.method, learngene.settings)
+    if is_dataclass(asked) and made != asked:
+        raise errors.SettingsError(
+            f"{file} is a finished extraction of {made.name} with other settings; --yes without --resume starts afresh"
+        )
+    out.facts(_told(learngene, file, float(learngene.provenance.get("seconds", 0.0))), key="path")
+    out.note(f"{file} is finished already; nothing is left to resume")
+
+
+def _require_teachable(asked: Method, teacher: str | None, weights: Path | None, cache: Path | None) -> None:
+    """Refuse options of a teacher for a method that takes none.
+
+    Raises:
+        SettingsError: the method takes none, or weights of no teacher are asked.
+    """
+    from learngene_hub import methods
+
+    if weights and not teacher:
+        raise errors.SettingsError(f"--teacher-weights {weights} asked without --teacher, timm's name of their model")
+    if (teacher or cache) and not methods.is_taught(asked):
+        known = ", ".join(name for name, kind in methods.BUILT_IN.items() if methods.is_taught(kind))
+        option = f"--teacher {teacher}" if teacher else f"--teacher-cache {cache}"
+        raise errors.SettingsError(f"{option} asked; {asked.name} takes no teacher: {known} do")
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """A model that somebody named: an ancestor, or a teacher."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    name: str
+    source: str  # where it came from: org/repo, or ./ and the name of a folder or file
+
+
+def load_model(source: str, weights: Path | None = None, option: str = "--ancestor-weights") -> Chosen:
+    """The timm model of a folder, of a Hub repository, or of a name; ``weights`` (of ``option``) belong to a name.
+
+    Raises:
+        StoreError: there is none, or it cannot be read.
+        SettingsError: weights of something that is no name of timm's.
+    """
+    from learngene_hub import _ancestors
+
+    place = source.removeprefix(HUB)
+    folder = place == source and Path(source).exists()
+    named = place == source and not folder and _ancestors.is_named(source)
+    if weights is not None and not named:
+        raise errors.SettingsError(f"{option} {weights} asked with {source}; weights belong to a name of timm's")
+    if named:
+        model, preprocessing = _ancestors.load_named(source, weights)
+        known = source.removeprefix(_ancestors.PREFIX)
+        origin = f"./{weights.name}" if weights else _ancestors.origin(model, known)
+        return Chosen(model, preprocessing, known, origin)
+    if not folder and "/" not in place:
+        near = " or ".join(_ancestors.similar_names(place))
+        hint = f"; did you mean {near}?" if near else f"; of a timm ViT or another timm model: {MODEL} would work"
+        raise errors.StoreError(f"no folder {source!r}, and timm has no model of that name{hint}")
+    return _saved(place, f"./{Path(place).resolve().name}" if folder else place)
+
+
+def _saved(place: str, source: str) -> Chosen:
+    """The model of a folder or of a Hub repository, in timm's layout."""
     from learngene_hub.descendant import Descendant
-    from learngene_hub.shape import ViTShape
 
-    there = Path(source).exists()
-    if not there and "/" not in source:
-        raise errors.StoreError(f"no folder {source!r}; one of a plain timm ViT, or org/repo on the Hub, would work")
     try:
-        model = Descendant.from_pretrained(source)
+        found = Descendant.from_pretrained(place)
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         hint = "a folder that timm's save_for_hf or `learngene expand` wrote would work"
-        raise errors.StoreError(f"{source} cannot be read as a timm ViT ({reason}); {hint}") from error
-    if stage:
-        stage.require(ViTShape.of(model.timm_model))
-    return model
+        raise errors.StoreError(
+            f"{place} cannot be read as a timm ViT or other timm model ({reason}); {hint}"
+        ) from error
+    return Chosen(found.timm_model, found.preprocessing, Path(place).name, source)
+
+
+def _taught(teacher: str | None, weights: Path | None, cache: Path | None, ancestor: Chosen) -> Teacher | None:
+    """The teacher that was asked for; the ancestor in its place, where only a cache was."""
+    from learngene_hub.teacher import Teacher
+
+    if teacher is None:
+        return None if cache is None else Teacher(ancestor.model, cache=cache)
+    chosen = load_model(teacher, weights, "--teacher-weights")
+    return Teacher(chosen.model, preprocessing=chosen.preprocessing, name=chosen.name, cache=cache)
 
 
 def _data_sets(
@@ -141,36 +265,49 @@ def _data_sets(
 
 
 def _extracted(
+    out: Output,
     method: str,
     settings: Mapping[str, Any],
-    ancestor: Descendant,
+    ancestor: Chosen,
     images: Mapping[str, Images],
     facts: Mapping[str, str],
     stage: Widening | None,
     state: Path,
+    teacher: Teacher | None,
 ) -> Learngene:
     """The learngene, after the width stage if there is one; each goes on from what it left in ``state``."""
-    from learngene_hub import factory
-    from learngene_hub.training import show_progress
+    from learngene_hub import factory, training
     from learngene_hub.widening import widen
+
+    def watch(steps: Iterator[Step]) -> Iterator[Step]:
+        return training.show_progress(steps, label=method, tell=out.note)
+
+    def watch_stage(steps: Iterator[Step]) -> Iterator[Step]:
+        return training.show_progress(steps, label="width", tell=out.note)
 
     learngene = factory.extract(
         method,
-        ancestor.timm_model,
+        ancestor.model,
         images,
         settings=settings,
         facts=facts,
         preprocessing=ancestor.preprocessing,
-        watch=show_progress,
+        watch=watch,
         state_dir=state,
+        teacher=teacher,
     )
-    if stage is None:
-        return learngene
-    return widen(learngene, images, stage, watch=show_progress, state_dir=state / "width")
+    return learngene if stage is None else widen(learngene, images, stage, watch=watch_stage, state_dir=state / "width")
+
+
+def _file(path: Path) -> Path:
+    """The file that is written for ``path``: itself, or one in the folder ``path``."""
+    from learngene_hub._format import FILE_NAME
+
+    return path if path.suffix == ".safetensors" else path / FILE_NAME
 
 
 def _stored(learngene: Learngene, path: Path) -> Path:
-    """The file written: ``path`` itself, or in the folder ``path``."""
+    """The file written."""
     if path.suffix != ".safetensors":
         return learngene.save_pretrained(path)
     learngene.save(path)

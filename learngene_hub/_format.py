@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from learngene_hub.errors import ArtefactError, LearngeneError, StoreError
-from learngene_hub.shape import Preprocessing, Reach, ViTShape
+from learngene_hub.shape import Preprocessing, Reach, Shape, shape_from_dict
 
 FILE_NAME = "learngene.safetensors"
 FORMAT = 1
@@ -33,6 +33,7 @@ ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}  # in the order of the file
 TENSOR_NAME = re.compile(r"(?=.{3,128}\Z)[a-z][a-z0-9_]*(\.[A-Za-z0-9_-]+)+\Z")
 SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 KEYS = ("ancestor", "license", "method", "preprocessing", "provenance", "reach", "settings", "shape")
+TYPED = ("preprocessing", "reach", "shape")  # objects of their own classes
 ANCESTOR_KEYS = ("license", "name", "sha256", "source")
 STRANGERS = {  # what other files start with
     b"PK\x03\x04": "a zip archive, such as torch.save writes (a pickle)",
@@ -53,7 +54,7 @@ class Facts:
 
     method: str
     settings: Mapping[str, Any]
-    shape: ViTShape  # native
+    shape: Shape  # native
     reach: Reach
     ancestor: Mapping[str, str]
     preprocessing: Preprocessing
@@ -227,22 +228,32 @@ def _parse_facts(metadata: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(metadata[key], dict):
             raise ArtefactError(f"{key} is {short(metadata[key])}; it is an object")
     for key in ("shape", "reach"):  # before a loop over depth or a table over width is made of them
-        numbers = [n for value in metadata[key].values() for n in (value if isinstance(value, list) else [value])]
-        if any(isinstance(n, (int, float)) and not abs(n) <= MAX_NUMBER for n in numbers):
+        if any(isinstance(n, (int, float)) and not abs(n) <= MAX_NUMBER for n in _leaves(metadata[key])):
             raise ArtefactError(f"{key} {short(metadata[key])}; no number above {MAX_NUMBER} is legal")
     parsed = {
-        "shape": ViTShape.from_dict(metadata["shape"]),
+        "shape": shape_from_dict(metadata["shape"]),
         "reach": Reach.from_dict(metadata["reach"]),
         "preprocessing": Preprocessing.from_dict(metadata["preprocessing"]),
     }
     return {key: metadata[key] for key in KEYS} | parsed
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """What stands in objects and lists, however deep."""
+    waiting = [value]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, (dict, list)):
+            waiting.extend(inner.values() if isinstance(inner, dict) else inner)
+        else:
+            yield inner
+
+
 def canonical_metadata(facts: Mapping[str, Any]) -> str:
     """The canonical JSON that stands under ``learngene``."""
     values: dict[str, Any] = {"format": FORMAT, "read_by": READ_BY}
     for key, value in facts.items():
-        values[key] = value.to_dict() if isinstance(value, (ViTShape, Reach, Preprocessing)) else value
+        values[key] = value.to_dict() if key in TYPED and hasattr(value, "to_dict") else value
     try:
         plain = _from_json(json.dumps(values, allow_nan=False))  # keys that are numbers become text, then are sorted
         text = json.dumps(plain, sort_keys=True, separators=(",", ":"))

@@ -10,7 +10,7 @@ from torch import nn
 
 from learngene_hub._check import shortest_ratio
 from learngene_hub.errors import ShapeError
-from learngene_hub.shape import POOLS, ViTShape
+from learngene_hub.shape import POOLS, Shape, ViTShape
 
 
 def read_shape(model: nn.Module) -> ViTShape:
@@ -29,7 +29,7 @@ def read_shape(model: nn.Module) -> ViTShape:
     if type(model.patch_embed).__name__ != "PatchEmbed":
         stem = type(model.patch_embed).__name__
         raise ShapeError(f"a ViT whose stem is a {stem} given; a ViTShape describes a plain ViT, with a PatchEmbed")
-    found = [feature for feature, there in _features(model) if there]
+    found = [feature for feature, there in features(model) if there]
     if found:
         raise ShapeError(f"a ViT with {', '.join(found)} given; a ViTShape describes a plain ViT, without")
     first: Any = model.blocks[0]  # a timm Block, checked above
@@ -47,11 +47,14 @@ def read_shape(model: nn.Module) -> ViTShape:
         class_token=model.cls_token is not None,
         pool=model.global_pool,
     )
-    _require_same_network(model, shape)
+    require_same_network(model, shape)
+    heads = [block.attn.num_heads for block in model.blocks]  # type: ignore[union-attr]  # of one size, however many
+    if len(set(heads)) > 1:
+        raise ShapeError(f"a ViT whose blocks have {heads} heads given; in a plain ViT all have the same number")
     return shape
 
 
-def _features(model: VisionTransformer) -> Iterable[tuple[str, bool]]:
+def features(model: VisionTransformer) -> Iterable[tuple[str, bool]]:
     """Pairs of a feature that a plain ViT lacks, and whether ``model`` has it."""
     stem, norms = model.patch_embed, [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
     inside = {name for block in model.blocks for name, child in block.named_modules() if not _is_empty(child)}
@@ -79,8 +82,12 @@ def _features(model: VisionTransformer) -> Iterable[tuple[str, bool]]:
     yield "a norm whose eps is not 1e-6", any(norm.eps != 1e-6 for norm in norms)
 
 
-def _require_same_network(model: VisionTransformer, shape: ViTShape) -> None:
-    """Compare with what ``shape`` builds: same parameters, same layer types, whatever the dropout."""
+def require_same_network(model: nn.Module, shape: Shape) -> None:
+    """Compare with what ``shape`` builds: same parameters, same layer types, whatever the dropout.
+
+    Raises:
+        ShapeError: a layer or a parameter is another one.
+    """
     built = shape.build(device="meta")
     layers, plain = _layers(model), _layers(built)
     if layers != plain:

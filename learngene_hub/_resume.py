@@ -32,13 +32,24 @@ def claim(out: Output, path: Path, state: Path, *, resume: bool, yes: bool) -> N
     Raises:
         StoreError: something is there, and nobody said what to do with it.
     """
-    there = state.is_dir() and any(state.iterdir())
+    there = _is_begun(state)
     if resume and there:
         return
+    if resume:
+        out.note(f"nothing to resume: {state} holds no interrupted run; starting")
     if there and not yes:
         raise errors.StoreError(f"{state} holds an interrupted run; --resume goes on with it, --yes starts afresh")
     require_new(out, path, yes=yes)
     shutil.rmtree(state, ignore_errors=True)
+
+
+def is_finished(product: Path, state: Path) -> bool:
+    """Whether a run wrote its ``product``, its last file, and left no state to go on with."""
+    return product.is_file() and not _is_begun(state)
+
+
+def _is_begun(state: Path) -> bool:
+    return state.is_dir() and any(state.iterdir())
 
 
 @contextlib.contextmanager

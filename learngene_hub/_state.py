@@ -1,6 +1,6 @@
 """The state of an interrupted run on disk: whole or not at all, read without running code, and refused to another run.
 
-Private to `training.py`, whose names `StateDir`, `Stateful` and `images_digest` are.
+Private to `training.py`, whose names `StateDir`, `Stateful`, `images_digest` and `state_digest` are.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from learngene_hub.data import Images
 from learngene_hub.errors import SettingsError, StoreError
@@ -134,4 +135,13 @@ def images_digest(images: Images, chunk: int = 4096) -> str:
     digest.update(images.labels.cpu().contiguous().numpy().tobytes())
     for part in images.pixels.split(chunk):
         digest.update(part.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def state_digest(model: nn.Module) -> str:
+    """The sha256 of a model's parameters, in the order of their names: name, shape and float32 bytes of each."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()

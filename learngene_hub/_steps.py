@@ -1,4 +1,4 @@
-"""What `fit` yields, and two ways to follow it: a log file and a progress bar.
+"""What `fit` yields, and ways to follow it: a log file, a progress bar, a line now and then.
 
 Public names: those of `learngene_hub.training`.
 """
@@ -9,7 +9,8 @@ import contextlib
 import csv
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +18,8 @@ from typing import TypeVar
 from learngene_hub.errors import SettingsError, StoreError
 
 Item = TypeVar("Item")
+TELL_SHARE, TELL_SECONDS = 0.1, 30.0  # of a run, from one line to the next: whichever comes first
+TELL_LEAST = 1.0  # seconds between two lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +85,17 @@ def _log_tensorboard(steps: Iterable[Item], folder: Path) -> Iterator[Item]:
             yield step
 
 
-def show_progress(steps: Iterable[Item], *, label: str = "training") -> Iterator[Item]:
-    """Passes everything through under a progress bar on stderr; no bar where stderr is not a terminal."""
+def show_progress(
+    steps: Iterable[Item], *, label: str = "training", tell: Callable[[str], None] | None = None
+) -> Iterator[Item]:
+    """Passes everything through under a progress bar on stderr.
+
+    Where stderr is not a terminal there is no bar: ``tell``, if given, is handed a line at every tenth of the run, and
+    every half minute where that takes longer.
+    """
+    if tell is not None and not sys.stderr.isatty():
+        yield from _tell_progress(steps, label, tell)
+        return
     from tqdm.auto import tqdm
 
     with tqdm(desc=label, unit="step", disable=not sys.stderr.isatty(), leave=False) as bar:
@@ -93,3 +105,18 @@ def show_progress(steps: Iterable[Item], *, label: str = "training") -> Iterator
                 bar.set_postfix(loss=f"{step.loss:.3f}", epoch=step.epoch, refresh=False)
                 bar.update(step.step - bar.n)
             yield step
+
+
+def _tell_progress(steps: Iterable[Item], label: str, tell: Callable[[str], None]) -> Iterator[Item]:
+    told_at, told = time.perf_counter(), 0  # when, and after which tenth of the run
+    for step in steps:
+        if isinstance(step, Step):
+            now, done = time.perf_counter(), step.step / step.of
+            parts = int(done / TELL_SHARE + 1e-9)
+            if (parts > told or now - told_at >= TELL_SECONDS) and now - told_at >= TELL_LEAST:
+                told_at, told = now, parts
+                tell(
+                    f"{label}: step {step.step} of {step.of} ({done:.0%}), epoch {step.epoch + 1}, "
+                    f"loss {step.loss:.4g}, {step.seconds:.0f} s"
+                )
+        yield step

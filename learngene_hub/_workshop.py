@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from learngene_hub._command import (
     DataOption,
     DepthOption,
     DeviceOption,
+    GrowthOption,
     HeadsOption,
     LimitOption,
     PrecisionOption,
@@ -23,16 +24,30 @@ from learngene_hub._command import (
     SkipOption,
     WidthOption,
     YesOption,
+    read_heads,
+    read_settings,
     tell_skipped,
 )
 from learngene_hub._extraction import extract as extract
 from learngene_hub._output import Output
-from learngene_hub._resume import IMAGE_SIZE, OldSizeOption, ResumeOption, claim, interruptible, one_size, state_of
+from learngene_hub._resume import (
+    IMAGE_SIZE,
+    OldSizeOption,
+    ResumeOption,
+    claim,
+    interruptible,
+    is_finished,
+    one_size,
+    state_of,
+)
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from learngene_hub.data import Images
     from learngene_hub.descendant import Descendant
-    from learngene_hub.shape import ViTShape
+    from learngene_hub.learngene import Learngene
+    from learngene_hub.shape import Preprocessing, Shape
     from learngene_hub.training import Recipe
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder that expand or finetune wrote.")]
@@ -52,6 +67,10 @@ def finetune(
         int | None, typer.Option("--image-size", help="Side of the images, pixels, of a model grown now [64].")
     ] = None,
     size: OldSizeOption = None,
+    settings: GrowthOption = None,
+    constrained: Annotated[
+        bool, typer.Option("--constrained", help="Train a learngene's components, not the blocks: ldr alone.")
+    ] = False,
     train_split: Annotated[str, typer.Option("--train-split", help="The split to train on.")] = "train",
     test_split: Annotated[str, typer.Option("--test-split", help="The split to test on; '' for none.")] = "test",
     epochs: Annotated[int, typer.Option("--epochs", help="Passes over the training images.")] = 3,
@@ -77,22 +96,30 @@ def finetune(
     learngene finetune grown --data signdigits --out trained
     learngene finetune lsamd-base --depth 7 --width 320 --data photos/ --test-split val --out trained --epochs 10
     learngene finetune grown --data signdigits --out trained --resume
+    learngene finetune my-ldr --depth 12 --set components=4 --constrained --data photos/ --out trained
     """
     from learngene_hub.training import Recipe
 
     recipe = Recipe(epochs=epochs, lr=lr, batch_size=batch_size, precision=precision, compile=compile, seed=seed)
     pixels = one_size(image_size, size)
+    growth = read_settings(None, settings or [])
     state = state_of(folder)
+    if resume and is_finished(folder / "model.safetensors", state):
+        out.facts({"path": str(folder), "model": model, "data": data}, key="path")
+        out.note(f"{folder} is finished already; nothing is left to resume")
+        return
     claim(out, folder, state, resume=resume, yes=yes)
     with interruptible(out, state):
+        learngene = _of_components(model) if constrained else None
         grown, images = _model_and_images(
             model,
             data,
             [train_split, *([test_split] if test_split else [])],
             depth=depth,
             width=width,
-            heads=heads,
+            heads=read_heads(heads),
             size=pixels,
+            settings=growth,
             seed=seed,
             limit=limit,
             skip_unreadable=skip_unreadable,
@@ -100,7 +127,12 @@ def finetune(
         for each in images:
             tell_skipped(out, each)
         began = time.perf_counter()
-        history = _trained(out, grown, images, recipe, state=state, device=device, log=log)
+        tuned = _tuned(learngene, grown, growth, seed) if learngene else grown.timm_model
+        history = _trained(
+            out, tuned, images, recipe, preprocessing=grown.preprocessing, state=state, device=device, log=log
+        )
+        if learngene:
+            grown.timm_model.load_state_dict(tuned.materialise().state_dict())  # type: ignore[operator]
         grown.save_pretrained(folder)
     shutil.rmtree(state, ignore_errors=True)
     facts: dict[str, Any] = {
@@ -109,6 +141,7 @@ def finetune(
         "data": data,
         "images": len(images[0]),
         "params": sum(parameter.numel() for parameter in grown.timm_model.parameters()),
+        "trained_params": sum(parameter.numel() for parameter in tuned.parameters()),
         "epochs": history,
         "seconds": time.perf_counter() - began,
     }
@@ -117,12 +150,47 @@ def finetune(
     out.note(f"Next: learngene evaluate {shlex.quote(str(folder))} --data {shlex.quote(data)}{split}")
 
 
+def _of_components(model: str) -> Learngene:
+    """The learngene of this name, whose components can be trained.
+
+    Raises:
+        SettingsError: it is a model that was grown already, or of a method without components.
+    """
+    from learngene_hub import factory
+    from learngene_hub.hub import fetch
+
+    if (Path(model) / "config.json").is_file():
+        raise errors.SettingsError(f"--constrained asked; {model} is grown already: its learngene would work")
+    learngene, _ = fetch(model)
+    factory.require_constrainable(learngene)
+    return learngene
+
+
+def _tuned(learngene: Learngene, grown: Descendant, growth: Mapping[str, Any], seed: int) -> nn.Module:
+    """What is trained in place of ``grown``: a model of the same function, whose parameters are components."""
+    from learngene_hub import factory
+    from learngene_hub.shape import shape_of
+
+    shape = shape_of(grown.timm_model)
+    return factory.constrain(
+        learngene,
+        depth=shape.depth,
+        width=shape.width,
+        num_labels=shape.classes,
+        image_size=shape.image_size,
+        in_chans=shape.in_chans,
+        seed=seed,
+        settings=growth,
+    )
+
+
 def _trained(
     out: Output,
-    grown: Descendant,
+    model: nn.Module,
     images: Sequence[Images],
     recipe: Recipe,
     *,
+    preprocessing: Preprocessing,
     state: Path,
     device: str | None,
     log: Path | None,
@@ -131,12 +199,12 @@ def _trained(
     from learngene_hub import factory
     from learngene_hub.training import StateDir, log_steps, show_progress
 
-    identity = {"weights at the start": factory.state_digest(grown.timm_model)}
+    identity = {"weights at the start": factory.state_digest(model)}
     steps = factory.finetune(
-        grown.timm_model,
+        model,
         images[0],
         recipe=recipe,
-        preprocessing=grown.preprocessing,
+        preprocessing=preprocessing,
         state_dir=StateDir(state, identity),
         device=device,
     )
@@ -145,7 +213,7 @@ def _trained(
         if step.epoch_done:
             reached = history[str(step.epoch + 1)] = {"loss": step.loss}
             if len(images) > 1:
-                found = factory.evaluate(grown.timm_model, images[1], preprocessing=grown.preprocessing)
+                found = factory.evaluate(model, images[1], preprocessing=preprocessing)
                 reached["accuracy"] = found.accuracy
             told = ", ".join(f"{key} {value:.4g}" for key, value in reached.items())
             out.note(f"epoch {step.epoch + 1} of {recipe.epochs}: {told}")
@@ -159,8 +227,9 @@ def _model_and_images(
     *,
     depth: int | None,
     width: int | None,
-    heads: int | None,
+    heads: int | tuple[int, ...] | None,
     size: int | None,
+    settings: Mapping[str, Any],
     seed: int,
     limit: int | None,
     skip_unreadable: bool,
@@ -168,18 +237,20 @@ def _model_and_images(
     """A saved model, or one grown now for the classes of the data, and the splits at its size.
 
     Raises:
-        ShapeError: a size is asked of a model that has one already.
+        ShapeError: a size or a growth setting is asked of a model that is grown already.
     """
     from learngene_hub.data import load_images
     from learngene_hub.descendant import Descendant
-    from learngene_hub.shape import ViTShape
+    from learngene_hub.shape import shape_of
 
     if (Path(model) / "config.json").is_file():
         grown = Descendant.from_pretrained(model)
-        shape = ViTShape.of(grown.timm_model)
+        shape = shape_of(grown.timm_model)
         asked = {"depth": depth, "width": width, "heads": heads, "image-size": size}
+        if settings:
+            raise errors.ShapeError(f"--set {min(settings)} asked; {model} is grown already: expand anew with it")
         for name, wanted in asked.items():
-            there = getattr(shape, name.replace("-", "_"))
+            there = getattr(shape, name.replace("-", "_"), None)
             if wanted not in (None, there):
                 raise errors.ShapeError(
                     f"--{name} {wanted} asked; {model} has {there} already: leave it out, or expand anew"
@@ -205,11 +276,12 @@ def _model_and_images(
         id2label=dict(enumerate(classes)),
         image_size=pixels,
         seed=seed,
+        settings=settings,
     )
     return grown, images
 
 
-def _images(data: str, split: str, shape: ViTShape, limit: int | None, skip_unreadable: bool) -> Images:
+def _images(data: str, split: str, shape: Shape, limit: int | None, skip_unreadable: bool) -> Images:
     """One split at the size and channels that a model was grown for."""
     from learngene_hub.data import load_images
 
@@ -244,10 +316,10 @@ def evaluate(
         raise errors.StoreError(f"{model} is not a saved descendant; a folder that expand or finetune wrote would work")
     from learngene_hub import factory
     from learngene_hub.descendant import Descendant
-    from learngene_hub.shape import ViTShape
+    from learngene_hub.shape import shape_of
 
     grown = Descendant.from_pretrained(model)
-    images = _images(data, split, ViTShape.of(grown.timm_model), limit, skip_unreadable)
+    images = _images(data, split, shape_of(grown.timm_model), limit, skip_unreadable)
     tell_skipped(out, images)
     found = factory.evaluate(
         grown.timm_model,

@@ -34,14 +34,12 @@ from learngene_hub._card_results import RECIPE as RECIPE
 from learngene_hub._card_results import comparison as comparison
 from learngene_hub._card_results import measured_with as measured_with
 from learngene_hub._card_results import read_results
-from learngene_hub.errors import LearngeneError
+from learngene_hub._card_shapes import LABELS, example, examples, family, loading, reach_section
 
 if TYPE_CHECKING:
     from learngene_hub.learngene import Learngene
-    from learngene_hub.shape import ViTShape
 
-LABELS = 10  # of the examples
-COMMON_SHAPES = ((4, 128), (6, 192), (12, 192), (6, 256), (7, 320), (12, 384), (12, 768))
+PLURAL = {"vit": "plain vision transformers", "conv": "convolutional networks"}
 WIDTHS = {
     "copy": "exact at multiples of the native width {native}: the descendant computes what the native one does",
     "balanced": "exact at multiples of the native width {native}: the descendant computes what the native one does",
@@ -79,10 +77,10 @@ def card_text(
         _head(learngene, model_index(name, own)),
         f"# {text(name)}",
         text(description),
-        "A learngene is a small part of a pre-trained vision transformer, its ancestor. It is not run itself: a ViT of "
-        "any depth and width within its reach is grown from it, already initialised, and then finetuned.",
+        f"A learngene is a small part of a pre-trained {family(learngene)[0]}, its ancestor. It is not run itself: "
+        f"{family(learngene)[1]} within its reach is grown from it, already initialised, and then finetuned.",
         _use(learngene, source),
-        _reach(learngene),
+        reach_section(learngene, _classifier(learngene)),
         _made(learngene),
         _search(learngene),
         _width(learngene),
@@ -109,11 +107,12 @@ def _head(learngene: Learngene, index: list[dict[str, Any]] | None) -> str:
 
 
 def _use(learngene: Learngene, source: str) -> str:
-    shape = _example(learngene)
+    shape = example(learngene)
     sizes = f"depth={shape.depth}, width={shape.width}, " if shape else ""
     flags = f" --depth {shape.depth} --width {shape.width}" if shape else ""
     native = shape or learngene.shape
     size, channels = native.image_size, native.in_chans
+    what, where = loading(examples(learngene) or [learngene.shape])
     return f"""## Use
 
 ```python
@@ -124,9 +123,9 @@ model = Descendant.from_learngene({json.dumps(source)}, {sizes}num_labels={LABEL
 logits = model(torch.zeros(1, {channels}, {size}, {size})).logits  # (1, {LABELS})
 ```
 
-The model is a plain timm ViT inside transformers' own wrapper: train it with `transformers.Trainer`, with
+The model is {what} inside transformers' own wrapper: train it with `transformers.Trainer`, with
 `learngene finetune`, or with a loop of your own. {_classifier(learngene)}, so finetune it
-before use. Saved, it loads with plain `timm` and plain `transformers`. What a size costs, before anything is grown:
+before use. Saved, it loads with {where}. What a size costs, before anything is grown:
 
 ```sh
 learngene show {shlex.quote(one_line(source))}{flags}
@@ -137,63 +136,6 @@ def _classifier(learngene: Learngene) -> str:
     if learngene.group("head"):
         return f"The head is inherited at {learngene.shape.classes} labels and fresh otherwise"
     return "The head is fresh"
-
-
-def _plan(learngene: Learngene, depth: int, width: int) -> ViTShape | None:
-    """The shape that would be grown; None where it is out of reach, or there is none."""
-    from learngene_hub.factory import plan
-
-    try:
-        channels = learngene.shape.in_chans
-        return plan(learngene, depth=depth, width=width, num_labels=LABELS, in_chans=channels)
-    except LearngeneError:
-        return None
-
-
-def _example(learngene: Learngene) -> ViTShape | None:
-    """A shape of the native depth, twice as wide where that is within reach."""
-    (shallow, deep), (narrow, wide, step) = learngene.reach.depths, learngene.reach.widths
-    most = max(narrow, min(2 * learngene.shape.width, wide))
-    depth = min(max(learngene.shape.depth, shallow), deep)
-    return _plan(learngene, depth, narrow + (most - narrow) // step * step)
-
-
-def _reach(learngene: Learngene) -> str:
-    native, reach = learngene.shape, learngene.reach
-    (shallow, deep), (narrow, wide, step) = reach.depths, reach.widths
-    count = (deep - shallow + 1) * ((wide - narrow) // step + 1)
-    asked = [(shallow, narrow), (native.depth, native.width), *COMMON_SHAPES, (deep, wide)]
-    shapes = {(shape.depth, shape.width): shape for size in asked if (shape := _plan(learngene, *size))}
-    costs = [
-        [
-            f"{shape.depth}x{shape.width}",
-            f"{shape.params() / 1e6:.2f} M",
-            f"{shape.flops() / 1e9:.2f} G",
-            f"{4 * shape.params() / 1e6:.1f} MB",
-        ]
-        for shape in sorted(shapes.values(), key=lambda shape: shape.params())
-    ]
-    ways = [
-        ["depth, blocks", _span(shallow, deep, 1), str(native.depth)],
-        ["width", _span(narrow, wide, step), f"{native.width}, in heads of {native.head_dim}"],
-        ["side of the images, px", f"multiples of {native.patch}", str(native.image_size)],
-        ["channels of the images", "any number", str(native.in_chans)],
-        ["labels", "any number", _classifier(learngene).lower()],
-    ]
-    parts = [
-        "## Reach",
-        table(["", "from - to", "native"], ways),
-        f"One file, {learngene.nbytes / 1e6:.1f} MB of tensors, stands for {count:,} shapes. Some of them, with "
-        f"{LABELS} labels at {native.image_size} px (FLOPs of one image; weights in float32):",
-        table(["depth x width", "parameters", "FLOPs", "weights"], costs),
-    ]
-    return "\n\n".join(parts if costs else parts[:2])
-
-
-def _span(least: int, most: int, step: int) -> str:
-    if least == most:
-        return str(least)
-    return f"{least} - {most}" + (f" in steps of {step}" if step > 1 else "")
 
 
 def _made(learngene: Learngene) -> str:
@@ -308,7 +250,8 @@ def _width(learngene: Learngene) -> str:
 def _limits(learngene: Learngene) -> str:
     native, size = learngene.shape.image_size, amount(learngene.provenance.get("image_size"), "")
     said = [
-        "- Image classification with plain vision transformers; detection, segmentation and the like were not tried.",
+        f"- Image classification with {PLURAL.get(learngene.shape.kind, 'vision transformers')}; detection, "
+        "segmentation and the like were not tried.",
         "- A data set that overlaps what the ancestor was trained on is not held out, wherever it stands on this page.",
         "- What the ancestor and the data got wrong, a descendant may inherit: test it on data of your own.",
     ]

@@ -20,6 +20,7 @@ from learngene_hub._command import (
     ChannelsOption,
     DepthOption,
     DtypeOption,
+    GrowthOption,
     HeadsOption,
     ImageSizeOption,
     LabelsOption,
@@ -27,6 +28,8 @@ from learngene_hub._command import (
     SeedOption,
     WidthOption,
     YesOption,
+    read_heads,
+    read_settings,
     require_new,
     verb,
 )
@@ -35,7 +38,7 @@ from learngene_hub._output import Output
 from learngene_hub._version import __version__
 
 if TYPE_CHECKING:
-    from learngene_hub.shape import ViTShape
+    from learngene_hub.shape import Shape
 
 app = typer.Typer(
     name="learngene",
@@ -78,6 +81,7 @@ def show(
     num_labels: LabelsOption = None,
     image_size: ImageSizeOption = None,
     in_chans: ChannelsOption = 3,
+    settings: GrowthOption = None,
     dtype: DtypeOption = "float32",
 ) -> None:
     """A learngene, and the cost of a descendant, before growing.
@@ -94,10 +98,11 @@ def show(
         learngene,
         depth=depth,
         width=width,
-        heads=heads,
+        heads=read_heads(heads),
         num_labels=num_labels,
         image_size=image_size,
         in_chans=in_chans,
+        settings=read_settings(None, settings or []),
     )
     facts = {
         "name": name,
@@ -114,14 +119,17 @@ def show(
     out.facts(facts, key="name")
 
 
-def _cost(shape: ViTShape, dtype: str) -> dict[str, Any]:
+def _cost(shape: Shape, dtype: str) -> dict[str, Any]:
     """What a descendant of ``shape`` is and takes, from closed formulas."""
     if dtype not in NUMBER_BYTES:
         raise errors.SettingsError(f"dtype {dtype!r} asked; there are {', '.join(NUMBER_BYTES)}")
+    kind = {} if shape.kind == "vit" else {"kind": shape.kind, "shape": str(shape)}
+    heads = getattr(shape, "heads", None)
     return {
+        **kind,
         "depth": shape.depth,
         "width": shape.width,
-        "heads": shape.heads,
+        **({} if heads is None else {"heads": list(heads) if isinstance(heads, tuple) else heads}),
         "image_size": shape.image_size,
         "in_chans": shape.in_chans,
         "num_labels": shape.classes,
@@ -177,6 +185,7 @@ def expand(
     num_labels: LabelsOption = None,
     image_size: ImageSizeOption = None,
     in_chans: ChannelsOption = 3,
+    settings: GrowthOption = None,
     dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
     max_params: Annotated[int | None, typer.Option("--max-params", help="Refuse to grow more parameters.")] = None,
@@ -185,7 +194,8 @@ def expand(
 ) -> None:
     """Grow a descendant into a folder.
 
-    Plain transformers and plain timm load it, on machines that have never heard of learngenes.
+    Plain transformers and plain timm load a ViT or a ResNet, on machines that have never heard of learngenes; networks
+    that timm has not, after `import learngene_hub.descendant`.
 
     \b
     learngene expand lsamd-base grown --depth 12 --width 384 --num-labels 10
@@ -194,44 +204,35 @@ def expand(
     from learngene_hub import factory
     from learngene_hub.hub import pull
 
-    shape = factory.plan(
-        pull(name),
-        depth=depth,
-        width=width,
-        heads=heads,
-        num_labels=num_labels,
-        image_size=image_size,
-        in_chans=in_chans,
-        max_params=factory.MAX_PARAMS if max_params is None else max_params,
-    )
+    asked: dict[str, Any] = {
+        "depth": depth,
+        "width": width,
+        "heads": read_heads(heads),
+        "num_labels": num_labels,
+        "image_size": image_size,
+        "in_chans": in_chans,
+        "max_params": max_params,
+        "settings": read_settings(None, settings or []),
+    }
+    shape = factory.plan(pull(name), **asked)
     facts = {"path": str(folder), "learngene": name, "written": not dry_run} | _cost(shape, dtype)
     if not dry_run:
         require_new(out, folder, yes=yes)
-        facts["seconds"] = _grow(name, folder, shape, dtype, seed)
+        facts["seconds"] = _grow(name, folder, asked, dtype, seed)
     out.facts(facts, key="path")
     out.note(
         f"Next: learngene {'expand, without --dry-run' if dry_run else f'finetune {folder} --data SOURCE --out DIR'}"
     )
 
 
-def _grow(name: str, folder: Path, shape: ViTShape, dtype: str, seed: int) -> float:
+def _grow(name: str, folder: Path, asked: dict[str, Any], dtype: str, seed: int) -> float:
     """Seconds that growing and saving took."""
     import torch
 
     from learngene_hub.descendant import Descendant
 
     began = time.perf_counter()
-    model = Descendant.from_learngene(
-        name,
-        depth=shape.depth,
-        width=shape.width,
-        heads=shape.heads,
-        num_labels=shape.classes or None,
-        image_size=shape.image_size,
-        in_chans=shape.in_chans,
-        dtype=getattr(torch, dtype),
-        seed=seed,
-    )
+    model = Descendant.from_learngene(name, **asked, dtype=getattr(torch, dtype), seed=seed)
     model.save_pretrained(folder)
     return time.perf_counter() - began
 

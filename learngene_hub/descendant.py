@@ -1,10 +1,15 @@
-"""Descendant: a plain timm ViT grown from a learngene, as a ``transformers`` model; the only importer of transformers.
+"""Descendant: a timm model grown from a learngene, as a ``transformers`` model; the only importer of transformers.
 
-What it saves is timm's own layout, so the folder needs no learngene_hub to be read again:
+What it saves is timm's own layout, so the folder of a plain ViT or a ResNet needs no learngene_hub to be read again:
 
 - ``config.json``: ``architecture``, ``model_args``, ``pretrained_cfg``, ``num_classes`` and ``label_names`` as timm has
   them; the few keys of transformers; and ``learngene``, where it came from, which both pass over;
 - ``model.safetensors``: timm's weight names, without prefix.
+
+The folder of a network that timm has not (``architectures.py``: other heads, stitched widths, VGGs of other sizes) is
+read by ``Descendant.from_pretrained``, and by transformers and timm themselves after ``import
+learngene_hub.descendant``. Without that, timm says "Unknown model (learngene_...)" and transformers that its version
+of timm does not support that architecture.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +31,17 @@ from transformers.models.timm_wrapper import (
     TimmWrapperImageProcessor,
 )
 
+import learngene_hub.architectures  # noqa: F401  # timm finds them by name
+from learngene_hub._folder import FLOATS, publish
+from learngene_hub._folder import write_weights as write_weights
 from learngene_hub._version import __version__
 from learngene_hub.errors import SettingsError, ShapeError, StoreError
-from learngene_hub.factory import expand, plan
-from learngene_hub.shape import ARCHITECTURE, Preprocessing, ViTShape
+from learngene_hub.factory import grow, plan, with_settings
+from learngene_hub.shape import Preprocessing, Shape, shape_of
 
 if TYPE_CHECKING:
     from learngene_hub.hub import Pushed
 
-_ALIGNMENT = 64  # bytes, as torch allocates
-_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 _PLAIN_CLASS = "TimmWrapperForImageClassification"  # what reads the folder where learngene_hub is not installed
 
 
@@ -57,7 +63,7 @@ class DescendantConfig(TimmWrapperConfig):
 
 
 class Descendant(TimmWrapperForImageClassification):
-    """An image classifier around a plain timm ViT, ``timm_model``; made by ``from_learngene`` or ``from_pretrained``.
+    """An image classifier around a timm model, ``timm_model``; made by ``from_learngene`` or ``from_pretrained``.
 
     Takes ``pixel_values`` (images, channels, side, side) and, for a loss, ``labels`` (images,); gives ``logits``
     (images, classes). Works wherever transformers does: Trainer, pipeline, gradient checkpointing.
@@ -70,6 +76,8 @@ class Descendant(TimmWrapperForImageClassification):
         """Around ``timm_model``, neither copied nor initialised, or around a new one that ``config`` describes."""
         if timm_model is None:
             super().__init__(config)
+            if isinstance(said := getattr(config, "pretrained_cfg", None), Mapping):
+                self.timm_model.pretrained_cfg = dict(said)  # type: ignore[assignment]  # the image size of a CNN stands nowhere else
         else:
             super(TimmWrapperForImageClassification, self).__init__(config)  # past the parent's own building
             self.timm_model = timm_model
@@ -85,7 +93,7 @@ class Descendant(TimmWrapperForImageClassification):
         *,
         depth: int | None = None,
         width: int | None = None,
-        heads: int | None = None,
+        heads: int | Sequence[int] | None = None,
         num_labels: int | None = None,
         id2label: Mapping[int, str] | None = None,
         image_size: int | None = None,
@@ -95,20 +103,26 @@ class Descendant(TimmWrapperForImageClassification):
         device: torch.device | str | None = None,
         seed: int = 0,
         revision: str | None = None,
+        max_params: int | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> Descendant:
-        """The ViT of these sizes grown from a learngene; a size left out is the native one.
+        """The model of these sizes grown from a learngene; a size left out is the native one.
 
         Args:
             name_or_path_or_uri: a name of the registry, a file or folder, or ``org/repo``.
+            heads: of every block, or one number for each; other than width / head_dim only where the method grows such.
             id2label: class number -> name, for every class; ``num_labels`` may then be left out.
             drop_path_rate: of the last block in training; it rises linearly from 0 over the blocks.
             dtype: of the weights, float32 where left out.
             seed: of what the learngene does not hold, the head; the global random state is neither used nor changed.
             revision: of a Hub repository.
+            max_params: the most parameters that it may have.
+            settings: laid over those of the learngene for this call, such as ``{"components": 2}`` of ldr.
 
         Raises:
-            ShapeError: no such ViT, one outside the learngene's reach, or labels that contradict each other.
-            SettingsError: a dtype or device that cannot be used.
+            ShapeError: no such network, one outside the learngene's reach, or labels that contradict each other.
+            BudgetError: more than ``max_params`` parameters; nothing was allocated.
+            SettingsError: a dtype or device that cannot be used, or settings that the learngene cannot be grown with.
             RegistryError, StoreError, ArtefactError: no such learngene, or one that cannot be read.
         """
         place, number = _device(device), _dtype(dtype)
@@ -120,14 +134,12 @@ class Descendant(TimmWrapperForImageClassification):
             raise ShapeError(
                 "num_labels is left out; this learngene has no classes of its own: num_labels=10 would work"
             )
-        model = expand(
-            learngene, depth=depth, width=width, heads=heads, num_labels=classes, image_size=image_size,
-            in_chans=in_chans, drop_path_rate=drop_path_rate, dtype=number, device=place, seed=seed,
-        )  # fmt: skip
+        changed = with_settings(learngene, settings)
         shape = plan(
-            learngene, depth=depth, width=width, heads=heads, num_labels=classes, image_size=image_size,
-            in_chans=in_chans,
+            changed, depth=depth, width=width, heads=heads, num_labels=classes, image_size=image_size,
+            in_chans=in_chans, max_params=max_params,
         )  # fmt: skip
+        model = grow(changed, shape, drop_path_rate=drop_path_rate, dtype=number, device=place, seed=seed)
         return wrap(
             model,
             shape=shape,
@@ -143,6 +155,7 @@ class Descendant(TimmWrapperForImageClassification):
                 "method": learngene.method,
                 "learngene_shape": learngene.shape.to_dict(),
                 "version": __version__,
+                **({"settings": dict(settings)} if settings else {}),
             },
         )
 
@@ -200,7 +213,7 @@ class Descendant(TimmWrapperForImageClassification):
             staged.mkdir(parents=True)
             write_weights(state, staged / "model.safetensors")
             (staged / "config.json").write_text(json.dumps(self._facts(), indent=2, sort_keys=True) + "\n")
-            _publish(staged, folder, whole=new)
+            publish(staged, folder, whole=new)
         except OSError as error:
             why = error.strerror or error
             raise StoreError(
@@ -256,9 +269,9 @@ class Descendant(TimmWrapperForImageClassification):
         facts["architectures"] = [_PLAIN_CLASS]
         facts["dtype"] = str(self.dtype).removeprefix("torch.")
         try:
-            shape = ViTShape.of(self.timm_model)
+            shape = shape_of(self.timm_model)
         except ShapeError:
-            return facts  # compiled, or no plain ViT: what its config says
+            return facts  # compiled, or of no kind that there is: what its config says
         names = facts["label_names"]
         if len(names) != shape.classes:
             names = [f"LABEL_{i}" for i in range(shape.classes)]
@@ -272,24 +285,24 @@ def wrap(
     timm_model: nn.Module,
     *,
     preprocessing: Preprocessing,
-    shape: ViTShape | None = None,
+    shape: Shape | None = None,
     num_labels: int | None = None,
     id2label: Mapping[int, str] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> Descendant:
-    """A Descendant around a plain timm ViT: the same module, nothing copied, nothing initialised; in eval mode.
+    """A Descendant around a timm model that a shape describes, in eval mode: nothing is copied, nothing initialised.
 
     Args:
         shape: of the model, where it is known; else it is read off the model.
         provenance: JSON facts about the learngene it came from, kept under ``learngene`` in its config.
 
     Raises:
-        ShapeError: no plain ViT, one without a head, or labels that contradict each other or its head.
+        ShapeError: a model of no known kind, one without a head, or labels that contradict each other or its head.
     """
-    shape = ViTShape.of(timm_model) if shape is None else shape
+    shape = shape_of(timm_model) if shape is None else shape
     classes = _num_labels(num_labels, id2label)
     if shape.classes == 0:
-        raise ShapeError("a ViT without a head given; a Descendant classifies: one of at least 1 class would work")
+        raise ShapeError("a model without a head given; a Descendant classifies: one of at least 1 class would work")
     if classes is not None and classes != shape.classes:
         raise ShapeError(
             f"{classes} labels asked; the head has {shape.classes} outputs: {shape.classes} labels would work"
@@ -303,60 +316,21 @@ def wrap(
     return model
 
 
-def _timm_facts(
-    model: nn.Module, shape: ViTShape, names: list[str], pretrained_cfg: Mapping[str, Any]
-) -> dict[str, Any]:
+def _timm_facts(model: nn.Module, shape: Shape, names: list[str], pretrained_cfg: Mapping[str, Any]) -> dict[str, Any]:
     """What timm writes into config.json beside a model of this shape."""
-    drop_path = getattr(model.blocks[-1].drop_path1, "drop_prob", 0.0)  # type: ignore[index, union-attr]
+    rates = (getattr(m, "drop_prob", 0.0) for m in model.modules() if type(m).__name__ == "DropPath")
+    drop_path = max(rates, default=0.0)  # it rises over the blocks
+    pool = getattr(model, "global_pool", None)  # of a CNN a layer
     size = [shape.in_chans, shape.image_size, shape.image_size]
     return {
-        "architecture": ARCHITECTURE,
+        "architecture": shape.architecture,
         "num_classes": shape.classes,
         "num_features": shape.width,
-        "global_pool": shape.pool,
+        **({"global_pool": pool} if isinstance(pool, str) else {}),
         "label_names": names,
         "model_args": shape.model_args() | ({"drop_path_rate": drop_path} if drop_path else {}),
         "pretrained_cfg": {**pretrained_cfg, "num_classes": shape.classes, "input_size": size},
     }
-
-
-def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file in which every matrix stands at a multiple of 64 bytes.
-
-    transformers computes on the mapped file itself. Where its matrices are not aligned as freshly allocated ones are,
-    the processor's kernels add in another order, and the logits differ from the saved model's in the last bit.
-
-    Raises:
-        SettingsError: a tensor that is no floating-point number of 16, 32 or 64 bits.
-    """
-    if odd := sorted(name for name in state if state[name].dtype not in _SAFETENSORS_DTYPES):
-        raise SettingsError(f"{odd[0]} is {state[odd[0]].dtype}; model.to(torch.float32) can be saved")
-    ordered = sorted(state, key=lambda name: (state[name].nbytes % _ALIGNMENT != 0, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in ordered:
-        begin, end = end, end + state[name].nbytes
-        dtype = _SAFETENSORS_DTYPES[state[name].dtype]
-        header[name] = {"dtype": dtype, "shape": list(state[name].shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in ordered:
-            file.write(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _publish(staged: Path, folder: Path, *, whole: bool) -> None:
-    """Move what is staged into place, after it has reached the disk; the config last, since a reader begins with it."""
-    files = sorted(staged.iterdir(), key=lambda path: path.name == "config.json")
-    for path in files:
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-    if whole:
-        staged.rename(folder)
-        return
-    for path in files:
-        path.replace(folder / path.name)
 
 
 def _plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -389,7 +363,7 @@ def _num_labels(num_labels: int | None, id2label: Mapping[int, str] | None) -> i
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    names = {str(known).removeprefix("torch."): known for known in _SAFETENSORS_DTYPES}
+    names = {str(known).removeprefix("torch."): known for known in FLOATS}
     name = str(dtype).removeprefix("torch.")
     if dtype is not None and name not in names:
         raise SettingsError(f"dtype {name} asked; there are {', '.join(names)}")

@@ -1,4 +1,4 @@
-"""The verbs: extract a learngene, expand it into a ViT, finetune that, evaluate it.
+"""The verbs: extract a learngene, expand it into a descendant, finetune that, evaluate it.
 
 ``expand`` asks a method for the whole state dict of the descendant and compares its names with the model's: nothing is
 silently missed, and nothing is left over. The model is built on the meta device, so that each tensor is allocated once.
@@ -6,26 +6,40 @@ silently missed, and nothing is left over. The model is built on the meta device
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from learngene_hub._growth import MAX_PARAMS as MAX_PARAMS
+from learngene_hub._growth import expand as expand
+from learngene_hub._growth import grow as grow
+from learngene_hub._growth import grown_state as grown_state
+from learngene_hub._growth import plan as plan
+from learngene_hub._growth import with_settings as with_settings
 from learngene_hub.data import Images, ordered_batches
-from learngene_hub.errors import ArtefactError, DataError, LearngeneError, SettingsError, ShapeError, StoreError
+from learngene_hub.errors import ArtefactError, DataError, SettingsError, StoreError
 from learngene_hub.learngene import Learngene
-from learngene_hub.methods import Method, get_method, is_resumable
-from learngene_hub.shape import IMAGENET, Preprocessing, ViTShape
+from learngene_hub.methods import (
+    BUILT_IN,
+    Constrainable,
+    Method,
+    get_method,
+    is_constrainable,
+    is_resumable,
+    is_taught,
+)
+from learngene_hub.shape import IMAGENET, Preprocessing
+from learngene_hub.teacher import Teacher
 from learngene_hub.training import Recipe, StateDir, Step, classification_loss, fit, image_batches, images_digest
+from learngene_hub.training import state_digest as state_digest
 
-MAX_PARAMS = 2_000_000_000  # the default budget of a descendant, parameters
 SEARCH, FOUND = "search", "found.safetensors"  # inside extract's state_dir: a method's own state, and what it found
 
 
@@ -39,11 +53,13 @@ def extract(
     preprocessing: Preprocessing = IMAGENET,
     watch: Callable[[Iterator[Step]], Iterator[Step]] = iter,
     state_dir: str | Path | None = None,
+    teacher: Teacher | nn.Module | None = None,
+    teacher_cache: str | Path | None = None,
 ) -> Learngene:
     """The learngene that ``method`` (a name, or a method with its settings) finds in ``ancestor`` with ``data``.
 
     Args:
-        ancestor: a timm ViT, pre-trained.
+        ancestor: a timm ViT, pre-trained; a method that learns from predictions alone takes any model with logits.
         data: name -> images; what a method needs of them stands in its own docstring.
         settings: of a method that is given by name.
         facts: ``name``, ``sha256``, ``license`` and ``source`` of the ancestor; the sha256 is computed where it is
@@ -52,12 +68,16 @@ def extract(
         state_dir: a folder of this extraction alone, in which an interrupted one goes on: from its last state, where
             the method keeps one (``methods.Resumable``), and with the learngene, once that was found. The state is
             written about once a minute, in less than a hundredth of the time. Remove the folder afterwards.
+        teacher: what an auxiliary learns from, where that is not the ancestor: any module images -> logits, of a method
+            that takes one (``methods.Taught``).
+        teacher_cache: a folder that keeps what the teacher (or the ancestor, as its own) says of each data set, for
+            every extraction that asks the same.
 
     Raises:
-        SettingsError: no such method, a setting out of its range, data that the method cannot use, or ``state_dir`` is
-            of another extraction.
-        ShapeError: the ancestor is no plain ViT.
-        StoreError: ``state_dir`` cannot be read or written.
+        SettingsError: no such method, a setting out of its range, data that the method cannot use, a teacher that it
+            does not take, or ``state_dir`` is of another extraction.
+        ShapeError: the ancestor is not of the family that the method needs.
+        StoreError: ``state_dir`` or ``teacher_cache`` cannot be read or written.
     """
     if not isinstance(method, str) and settings:
         raise SettingsError(
@@ -67,22 +87,38 @@ def extract(
     known = {"name": "", "sha256": "", "license": "", "source": ""} | dict(facts or {})
     given = known["sha256"]
     known["sha256"] = given or state_digest(ancestor)
+    more = _taught(chosen, ancestor, teacher, teacher_cache)
     if state_dir is None:
-        return chosen.extract(ancestor, data, facts=known, preprocessing=preprocessing, watch=watch)
+        return chosen.extract(ancestor, data, facts=known, preprocessing=preprocessing, watch=watch, **more)
     identity = {"method": chosen.name} | _settings(chosen, settings) | {f"ancestor's {k}": v for k, v in known.items()}
     identity["ancestor's weights"] = state_digest(ancestor) if given else known["sha256"]
     identity |= {"preprocessing": repr(preprocessing)} | data_identity(data)
+    if more and more["teacher"].model is not ancestor:
+        identity["teacher's weights"] = state_digest(more["teacher"].model)
     kept = StateDir(Path(state_dir), identity, timed=True)
 
     def search() -> Learngene:
-        inner = replace(kept, path=kept.path / SEARCH)
-        if is_resumable(chosen):
-            return chosen.extract(
-                ancestor, data, facts=known, preprocessing=preprocessing, watch=watch, state_dir=inner
-            )
-        return chosen.extract(ancestor, data, facts=known, preprocessing=preprocessing, watch=watch)
+        inner = {"state_dir": replace(kept, path=kept.path / SEARCH)} if is_resumable(chosen) else {}
+        return chosen.extract(ancestor, data, facts=known, preprocessing=preprocessing, watch=watch, **more, **inner)
 
     return _found_once(kept, search)
+
+
+def _taught(
+    method: Method, ancestor: nn.Module, teacher: Teacher | nn.Module | None, cache: str | Path | None
+) -> dict[str, Teacher]:
+    """The keyword ``teacher`` of a method's ``extract``, where one is asked for.
+
+    Raises:
+        SettingsError: the method takes none.
+    """
+    if teacher is None and cache is None:
+        return {}
+    if not is_taught(method):
+        known = ", ".join(name for name, kind in BUILT_IN.items() if is_taught(kind))
+        raise SettingsError(f"a teacher or its cache asked; {method.name} takes none: {known} do")
+    chosen = teacher if isinstance(teacher, Teacher) else Teacher(ancestor if teacher is None else teacher)
+    return {"teacher": chosen if cache is None else replace(chosen, cache=cache)}
 
 
 def _settings(method: Method, settings: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -113,147 +149,6 @@ def _found_once(kept: StateDir, search: Callable[[], Learngene]) -> Learngene:
         return replace(learngene, tensors={name: tensor.clone() for name, tensor in learngene.tensors.items()})
     except (ArtefactError, StoreError) as error:
         raise StoreError(f"{path} is damaged; remove {kept.path} to start afresh") from error
-
-
-def state_digest(model: nn.Module) -> str:
-    """The sha256 of a model's parameters, in the order of their names: name, shape and float32 bytes of each."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def plan(
-    learngene: Learngene,
-    *,
-    depth: int | None = None,
-    width: int | None = None,
-    heads: int | None = None,
-    num_labels: int | None = None,
-    image_size: int | None = None,
-    in_chans: int = 3,
-    max_params: int | None = None,
-) -> ViTShape:
-    """The shape that ``expand`` would grow with these sizes, checked, without allocating anything.
-
-    Raises:
-        ShapeError: there is no such ViT, or it is outside the learngene's reach.
-        BudgetError: it has more than ``max_params`` parameters (MAX_PARAMS where left out).
-    """
-    native = learngene.shape
-    wanted = native.width if width is None else width
-    sizes = {"depth": native.depth if depth is None else depth, **_width(native, wanted)}
-    if type(sizes["depth"]) is int and type(wanted) is int:  # anything else the shape refuses
-        learngene.reach.require(sizes["depth"], wanted)
-    labels = native.classes if num_labels is None else num_labels
-    if num_labels is not None and (isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1):
-        raise ShapeError(f"num_labels {num_labels!r} asked; a classifier has a whole number of at least 1")
-    shape = replace(
-        native,
-        **sizes,
-        image_size=native.image_size if image_size is None else image_size,
-        in_chans=in_chans,
-        classes=labels,
-    )
-    if heads is not None and heads != wanted // native.head_dim:
-        raise ShapeError(
-            f"{heads} heads asked at width {wanted}; this learngene's heads are {native.head_dim} wide: "
-            f"{wanted // native.head_dim} heads would work"
-        )
-    shape.require_budget(MAX_PARAMS if max_params is None else max_params)
-    return shape
-
-
-def _width(native: ViTShape, width: int) -> dict[str, int]:
-    """The fields of a shape of this width with the native head_dim; a width that it does not divide is one head, for
-    the reach to refuse."""
-    if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-        return {"width": width, "heads": 1, "head_dim": 0}
-    whole = width % native.head_dim == 0
-    return {
-        "width": width,
-        "heads": width // native.head_dim if whole else 1,
-        "head_dim": native.head_dim if whole else width,
-    }
-
-
-def expand(
-    learngene: Learngene,
-    *,
-    depth: int | None = None,
-    width: int | None = None,
-    heads: int | None = None,
-    num_labels: int | None = None,
-    image_size: int | None = None,
-    in_chans: int = 3,
-    drop_path_rate: float = 0.0,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    seed: int = 0,
-    max_params: int | None = None,
-) -> nn.Module:
-    """The timm ViT of these sizes grown from ``learngene``; a size left out is the native one.
-
-    What the method leaves fresh (the head) is drawn with ``seed``: weights from a normal of 0.02 cut at 2 deviations,
-    biases 0, norms 1. ``dtype`` defaults to float32.
-
-    Raises:
-        ShapeError: there is no such ViT, or it is outside the learngene's reach.
-        BudgetError: it has more than ``max_params`` parameters; nothing was allocated.
-    """
-    if dtype is not None and not dtype.is_floating_point:
-        raise ShapeError(f"dtype {dtype} asked; torch.float32, torch.bfloat16 and torch.float16 would work")
-    shape = plan(
-        learngene, depth=depth, width=width, heads=heads, num_labels=num_labels, image_size=image_size,
-        in_chans=in_chans, max_params=max_params,
-    )  # fmt: skip
-    preprocessing = learngene.preprocessing
-    model = shape.build(device="meta", drop_path_rate=drop_path_rate, preprocessing=preprocessing)
-    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    state = grown_state(learngene, shape, wanted, seed=seed)
-    dtype, place = dtype or torch.float32, torch.device(device or "cpu")
-    owned: set[int] = {tensor.untyped_storage().data_ptr() for tensor in learngene.tensors.values()}
-    for name in list(state):
-        tensor = state[name].to(place, dtype).contiguous()
-        state[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in owned else tensor
-        owned.add(state[name].untyped_storage().data_ptr())
-    model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
-
-
-@torch.no_grad()
-def grown_state(
-    learngene: Learngene, shape: ViTShape, wanted: Mapping[str, torch.Size], *, seed: int
-) -> dict[str, Tensor]:
-    """The state dict of a descendant, ``wanted`` (name -> size): what the method expands, the rest drawn with ``seed``.
-
-    Raises:
-        LearngeneError: the method's names are not those of the model, or a tensor has another shape.
-    """
-    expanded = get_method(learngene.method, learngene.settings).expand(learngene, shape)
-    silent, unknown = sorted(wanted.keys() - expanded.keys()), sorted(expanded.keys() - wanted.keys())
-    if silent or unknown:
-        raise LearngeneError(f"{learngene.method} does not account for {silent} and invents {unknown}")
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, size in wanted.items():
-        tensor = expanded[name]
-        if tensor is None:
-            tensor = _fresh(name, size, generator)
-        if tensor.shape != size:
-            raise LearngeneError(f"{learngene.method} makes {name} {list(tensor.shape)}; the model's is {list(size)}")
-        state[name] = tensor.detach()
-    return state
-
-
-def _fresh(name: str, size: torch.Size, generator: torch.Generator) -> Tensor:
-    """timm's initialisation of one tensor of a ViT: truncated normal of 0.02 for weights, 0 for biases, 1 for norms."""
-    if name.endswith(".bias"):
-        return torch.zeros(size)
-    if len(size) == 1:
-        return torch.ones(size)
-    return nn.init.trunc_normal_(torch.empty(size), std=0.02, generator=generator)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,12 +212,20 @@ def require_size(model: nn.Module, images: Images) -> None:
         DataError: it takes others.
     """
     inner = getattr(model, "timm_model", model)
-    wanted = getattr(getattr(inner, "patch_embed", None), "img_size", None)
+    wanted = getattr(getattr(inner, "patch_embed", None), "img_size", None) or _fixed_size(inner)
     have = tuple(images.pixels.shape[-2:])
     if wanted is not None and tuple(wanted) != have:
         raise DataError(
             f"{images.name} has images of {have[0]} px; the model takes {wanted[0]}: image_size={have[0]} would work"
         )
+
+
+def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
+    """(height, width) that a timm model without patches says it needs; None where any size works, as for most CNNs."""
+    said = getattr(model, "pretrained_cfg", None)
+    if not isinstance(said, Mapping) or not said.get("fixed_input_size") or len(said.get("input_size") or ()) != 3:
+        return None
+    return said["input_size"][1], said["input_size"][2]
 
 
 def require_labels(outputs: int, images: Images) -> None:
@@ -375,3 +278,46 @@ def finetune(
         model, batches, classification_loss(recipe), recipe=recipe, steps_per_epoch=steps_per_epoch,
         state_dir=kept, device=device,
     )  # fmt: skip
+
+
+def constrain(
+    learngene: Learngene,
+    *,
+    depth: int | None = None,
+    width: int | None = None,
+    num_labels: int | None = None,
+    image_size: int | None = None,
+    in_chans: int = 3,
+    seed: int = 0,
+    max_params: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A descendant as ``expand`` grows it, of which ``finetune`` trains the learngene's components and not the blocks.
+
+    It has as many parameters at any depth. Once it is trained, its ``materialise()`` gives the plain timm model that it
+    has become.
+
+    Raises:
+        SettingsError: the learngene's method has no components, or ``settings`` that it cannot be grown with.
+        ShapeError, BudgetError: as ``expand``.
+    """
+    learngene = with_settings(learngene, settings)
+    method = require_constrainable(learngene)
+    shape = plan(
+        learngene, depth=depth, width=width, num_labels=num_labels, image_size=image_size, in_chans=in_chans,
+        max_params=max_params,
+    )  # fmt: skip
+    return cast(nn.Module, method.constrained(learngene, shape, seed=seed))
+
+
+def require_constrainable(learngene: Learngene) -> Constrainable:
+    """The learngene's method, where it can train components instead of blocks.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    method = get_method(learngene.method, learngene.settings)
+    if not is_constrainable(method):
+        known = ", ".join(name for name, kind in BUILT_IN.items() if is_constrainable(kind))
+        raise SettingsError(f"a learngene of {learngene.method} given; constrained tuning is for {known}")
+    return method

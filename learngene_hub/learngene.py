@@ -25,8 +25,10 @@ the header.
     ``read_by``        the first version of learngene-hub that reads this format: "0.1.0" for format 1
     ``method``         name of the method that grows it, looked up in the table of methods and nowhere else
     ``settings``       an object; the method's settings
-    ``shape``          the native shape: ``ViTShape.to_dict``, no number above 2^20
-    ``reach``          the shapes it can be grown to: ``Reach.to_dict``, no number above 2^20
+    ``shape``          the native shape: its ``to_dict``, no number above 2^20. Its ``kind`` says which class it is of:
+                       absent: ViTShape; "heads": HeadsShape; "stitched": StitchedShape; "conv": ConvShape; no other
+    ``reach``          the shapes it can be grown to: ``Reach.to_dict``, no number above 2^20; ``heads`` (a list of
+                       two) and ``routes`` (a number) only where the learngene has them
     ``ancestor``       ``name``, ``sha256`` (64 hex digits or empty), ``license`` and ``source``: strings of one line
     ``preprocessing``  of the ancestor's images: ``Preprocessing.to_dict``
     ``license``        SPDX identifier of the learngene, or empty
@@ -50,7 +52,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -93,7 +95,7 @@ class Learngene:
     tensors: Mapping[str, Tensor] = field(repr=False)  # `group.rest`, as stored: in float16 if the file has them so
     method: str
     settings: Mapping[str, Any]  # JSON
-    shape: ViTShape  # native
+    shape: Any  # native, a Shape; a ViTShape unless the method has a ``plan`` of its own
     reach: Reach
     ancestor: Mapping[str, str]  # name, sha256, license, source
     preprocessing: Preprocessing
@@ -232,7 +234,7 @@ class Learngene:
         *,
         depth: int | None = None,
         width: int | None = None,
-        heads: int | None = None,
+        heads: int | Sequence[int] | None = None,
         num_labels: int | None = None,
         image_size: int | None = None,
         in_chans: int = 3,
@@ -241,6 +243,7 @@ class Learngene:
         device: torch.device | str | None = None,
         seed: int = 0,
         max_params: int | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> nn.Module:
         """The timm model grown from this learngene; see ``learngene_hub.factory.expand``."""
         from learngene_hub.factory import expand
@@ -258,6 +261,7 @@ class Learngene:
             device=device,
             seed=seed,
             max_params=max_params,
+            settings=settings,
         )
 
     def _header(self) -> tuple[bytes, list[str]]:
@@ -288,11 +292,13 @@ def _check_digest(digest: str, promised: str | None, path: Path, besides: str = 
 
 def _check_method(facts: Facts) -> None:
     """Known method, declared groups, shapes that its native shape allows."""
-    from learngene_hub.methods import get_method  # reached here only: methods stand above this file
+    from learngene_hub.methods import get_method, is_planning  # reached here only: methods stand above this file
 
     shapes = {name: shape for name, (_, shape) in facts.tensors.items()}
     try:
         method = get_method(facts.method, facts.settings)
+        if not (isinstance(facts.shape, ViTShape) or is_planning(method)):
+            raise ArtefactError(f"a native shape of kind {facts.shape.kind}; {facts.method} grows plain ViTs alone")
         unknown = sorted({name.partition(".")[0] for name in shapes} - method.groups)
         if unknown:
             declared = ", ".join(sorted(method.groups))

@@ -1,7 +1,11 @@
 """ViTShape: the numbers that fix a plain ViT, its exact cost, and the timm model that has them.
 
-The only file that imports timm's model builders. Importing it imports neither timm nor torch: the functions that need
-them do.
+A ``Shape`` of another kind describes a network that is no plain ViT: blocks of different head counts (``_heads.py``),
+stitched widths (``_stitched.py``), convolutions (``_conv.py``). ``shape_of`` reads any kind off a model, and
+``shape_from_dict`` out of a file.
+
+The only room that imports timm's model builders. Importing this file imports neither timm nor torch: the functions
+that need them do.
 
 A *plain* ViT is timm's ``VisionTransformer`` with pre-norm blocks, fused qkv with bias, GELU, learned position
 embeddings that also cover the class token, LayerNorm (eps 1e-6) and one linear head, as DeiT and the original ViT have
@@ -14,9 +18,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from learngene_hub._check import floats, is_number, nearest, nearest_divisors, require_int, require_keys, shortest_ratio
+from learngene_hub._kinds import Shape as Shape
+from learngene_hub._kinds import shape_from_dict as shape_from_dict
+from learngene_hub._kinds import shape_of as shape_of
+from learngene_hub._reach import Reach as Reach
 from learngene_hub.errors import BudgetError, SettingsError, ShapeError
 
 if TYPE_CHECKING:
@@ -87,6 +95,8 @@ class ViTShape:
         ShapeError: no such ViT exists; the message names the nearest values that do.
     """
 
+    kind: ClassVar[str] = "vit"
+
     depth: int  # blocks
     width: int  # numbers per token
     heads: int
@@ -144,6 +154,11 @@ class ViTShape:
 
     def __str__(self) -> str:
         return f"{self.depth}x{self.width}"
+
+    @property
+    def architecture(self) -> str:
+        """timm's name for it."""
+        return ARCHITECTURE
 
     @property
     def hidden(self) -> int:
@@ -312,72 +327,18 @@ class ViTShape:
         """The names of the built model's state dict."""
         return _keys(self)
 
+    def fresh(self, name: str, size: torch.Size, generator: torch.Generator) -> torch.Tensor:
+        """timm's initialisation of one tensor of a ViT: truncated normal of 0.02 for weights, 0 for biases, 1 for
+        norms."""
+        import torch
+
+        if name.endswith(".bias"):
+            return torch.zeros(size)
+        if len(size) == 1:
+            return torch.ones(size)
+        return torch.nn.init.trunc_normal_(torch.empty(size), std=0.02, generator=generator)
+
 
 @lru_cache(maxsize=256)
 def _keys(shape: ViTShape) -> frozenset[str]:
     return frozenset(shape.build(device="meta").state_dict())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reach:
-    """The shapes that a learngene can be grown to."""
-
-    depths: tuple[int, int]  # blocks: least, most
-    widths: tuple[int, int, int]  # least, most, step
-
-    def __post_init__(self) -> None:
-        for name, length in (("depths", 2), ("widths", 3)):
-            numbers = tuple(getattr(self, name))
-            if len(numbers) != length:
-                raise SettingsError(f"reach {name} {numbers} given; it is {length} whole numbers")
-            for number in numbers:
-                require_int(f"reach {name}", number, at_least=1, error=SettingsError)
-            object.__setattr__(self, name, numbers)
-        (shallow, deep), (narrow, wide, step) = self.depths, self.widths
-        if shallow > deep or narrow > wide or (wide - narrow) % step:
-            raise SettingsError(
-                f"reach {self} given; least must not be above most, and steps must lead from one to the other"
-            )
-
-    def check(self, shape: ViTShape) -> None:
-        """Nothing, where ``shape`` has a depth and a width within reach.
-
-        Raises:
-            ShapeError: it has not; the message names the nearest that are.
-        """
-        self.require(shape.depth, shape.width)
-
-    def require(self, depth: int, width: int) -> None:
-        """Nothing, where this depth and this width are within reach; numbers that no ViT has are told the same way.
-
-        Raises:
-            ShapeError: they are not; the message names the nearest that are.
-        """
-        (shallow, deep), (narrow, wide, step) = self.depths, self.widths
-        if not shallow <= depth <= deep:
-            near = shallow if depth < shallow else deep
-            raise ShapeError(f"depth {depth} asked; this learngene reaches {self}: depth {near} would work")
-        if not narrow <= width <= wide or (width - narrow) % step:
-            near = nearest(width, lo=narrow, step=step, hi=wide)
-            raise ShapeError(f"width {width} asked; this learngene reaches {self}: width {near} would work")
-
-    def __str__(self) -> str:
-        (shallow, deep), (narrow, wide, step) = self.depths, self.widths
-        depth = f"depth {shallow}" if shallow == deep else f"depth {shallow}-{deep}"
-        return f"{depth}, width {narrow}" if narrow == wide else f"{depth}, width {narrow}-{wide} step {step}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"depths": list(self.depths), "widths": list(self.widths)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Reach:
-        """The inverse of ``to_dict``.
-
-        Raises:
-            SettingsError: a key is unknown or missing, or the numbers are no reach.
-        """
-        require_keys(values, known=["depths", "widths"], needed=["depths", "widths"], error=SettingsError)
-        if not all(isinstance(values[name], (list, tuple)) for name in ("depths", "widths")):
-            raise SettingsError(f"reach {dict(values)} given; depths and widths are lists of whole numbers")
-        return cls(depths=tuple(values["depths"]), widths=tuple(values["widths"]))

@@ -30,6 +30,7 @@ from learngene_hub._processes import process
 from learngene_hub._state import StateDir as StateDir
 from learngene_hub._state import Stateful as Stateful
 from learngene_hub._state import images_digest as images_digest
+from learngene_hub._state import state_digest as state_digest
 from learngene_hub._steps import Step as Step
 from learngene_hub._steps import log_steps as log_steps
 from learngene_hub._steps import show_progress as show_progress

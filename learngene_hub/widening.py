@@ -76,10 +76,12 @@ class Widening:
         """Nothing, where a learngene of this native shape, and of this reach where it is known, can be widened so.
 
         Raises:
-            SettingsError: a width that is not a multiple of head_dim, the native one, which nothing may change, an
-                integer multiple of it, where copies are exact, or one out of reach; or rows for the native width and
-                above.
+            SettingsError: no plain ViT; a width that is not a multiple of head_dim, the native one, which nothing may
+                change, an integer multiple of it, where copies are exact, or one out of reach; or rows for the native
+                width and above.
         """
+        if not isinstance(native, ViTShape):
+            raise SettingsError(f"a width stage asked; it is for plain ViTs, and {native} is none: leave it out")
         low, high, _ = reach.widths if reach else (native.head_dim, 64 * native.width, native.head_dim)
         for width in self.widths:
             if width % native.width == 0 or width % native.head_dim or not low <= width <= high:

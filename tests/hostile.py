@@ -259,9 +259,42 @@ def _bad_facts(good: bytes) -> Iterator[tuple[str, bytes]]:
             {"pool": ["token"]},
             {"pool": "nope"},
             {"extra": 1},
+            {"kind": "vit"},
+            {"kind": "unknown"},
+            {"kind": "learngene_hub._conv"},
+            {"kind": "os.system"},
+            {"kind": 5},
+            {"kind": None},
+            {"kind": ["conv"]},
+            {"kind": "heads"},
+            {"kind": "stitched"},
+            {"kind": "conv"},
         )
     ]
+    conv = {"kind": "conv", "family": "vgg", "head_hidden": 0, "head_kernel": 0, "image_size": 4, "in_chans": 3}
+    conv |= {"classes": 0, "stages": [[4]]}
+    wrong["shape"] += [  # the first is a network, but tiny grows plain ViTs
+        {**conv, **change}
+        for change in (
+            {},
+            {"family": "os.system"},
+            {"stages": [[10**9]]},
+            {"stages": [[10**400]]},
+            {"stages": [[4] * 8000]},
+            {"stages": {"a": {"b": 10**9}}},
+            {"stages": []},
+        )
+    ]
+    heads = {key: value for key, value in metadata["shape"].items() if key not in ("depth", "heads")} | {
+        "kind": "heads"
+    }
+    wrong["shape"] += [{**heads, "heads": counts} for counts in ([2, 3], [10**9], [1] * 9000, "23", {"0": 2})]
     wrong["reach"] = [
+        *(
+            {"depths": [1, 2], "widths": [4, 8, 4], "heads": heads}
+            for heads in ([2, 1], [1], [1, 2**30], None, {"0": 1})
+        ),
+        *({"depths": [1, 2], "widths": [4, 8, 4], "routes": routes} for routes in (0, -1, True, "3", 2.0, 2**30, None)),
         {"depths": [1, 2]},
         {"depths": [2, 1], "widths": [4, 8, 4]},
         {"depths": [1, 10**9], "widths": [4, 8, 4]},

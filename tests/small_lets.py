@@ -14,6 +14,7 @@ from learngene_hub.data import Images
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods import _lets_training as training
 from learngene_hub.methods import get_method
+from learngene_hub.methods._auxiliary import Auxiliary
 from learngene_hub.methods._lets_maps import tensor_shapes
 from learngene_hub.methods.lets import Lets
 from learngene_hub.shape import IMAGENET, Reach, ViTShape
@@ -89,6 +90,8 @@ def extract(teacher: nn.Module | None = None, data: dict[str, Images] | None = N
     return factory.extract("lets", teacher or Convnet(), sets, settings=QUICK | settings, facts=FACTS)
 
 
-def auxiliary(learngene: Learngene, **settings: Any) -> training.Auxiliary:
+def auxiliary(learngene: Learngene, **settings: Any) -> Auxiliary:
     method = Lets(drop_path=0.0, **settings)
-    return training.Auxiliary(method, learngene.shape, learngene.tensors, IMAGENET).eval()
+    auxiliary = training.auxiliary(method, learngene.shape, learngene.tensors, IMAGENET)
+    auxiliary.eval()
+    return auxiliary

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from learngene_hub import factory
 from learngene_hub.data import Images
-from learngene_hub.errors import ArtefactError, ShapeError
+from learngene_hub.errors import ArtefactError, BudgetError, ShapeError
 from learngene_hub.learngene import Learngene
-from learngene_hub.methods import BUILT_IN, METHODS, Method, get_method
-from learngene_hub.shape import IMAGENET, ViTShape
+from learngene_hub.methods import BUILT_IN, METHODS, Method, get_method, is_planning
+from learngene_hub.shape import IMAGENET, ViTShape, shape_of
 
 # Settings with which a method extracts from a pico ancestor in about a second. A new method adds its line here.
 QUICK: dict[str, dict[str, Any]] = {
@@ -28,6 +28,36 @@ QUICK: dict[str, dict[str, Any]] = {
     "net2net": {},
     "weight-selection": {"elements": "random", "layers": "random", "seed": 5},
     "front": {"attention": "heads"},
+    "heuristic": {
+        "stem": "inherit",
+        "last_k": 2,
+        "choice": "calmest",
+        "tasks": 2,
+        "classes_per_task": 3,
+        "batch_size": 30,
+        "crop_padding": 2,
+        "fisher": 2,
+        "seed": 5,
+    },
+    "auto": {"epochs": 2, "batch_size": 30, "crop_padding": 2, "lr": 1e-2, "seed": 5},
+    "cluster": {"eps": 0.02, "ffn_groups": [[1, 2]], "psi_epochs": 1, "batch_size": 30, "seed": 5},
+    "learngene-pool": {
+        **dict.fromkeys(("epochs", "first_epochs"), 1),
+        **dict.fromkeys(("labels", "first_labels"), 0.0),
+        "widths": [32, 64],
+        "batch_size": 30,
+        "crop_padding": 2,
+        "seed": 5,
+    },
+    "sn-net": {
+        **dict.fromkeys(("epochs", "first_epochs"), 1),
+        "labels": 0.0,
+        "depths": [2, 2],
+        "widths": [32, 64],
+        "batch_size": 30,
+        "crop_padding": 2,
+        "seed": 5,
+    },
     "tleg": {"epochs": 2, "batch_size": 30, "crop_padding": 2, "lr": 1e-2, "seed": 5},
     "ldr": {"phases": [1, 2], "epochs": 1, "batch_size": 30, "crop_padding": 2, "labels": 0.0, "lr": 1e-2, "seed": 5},
     "sws": {"stages": [2, 2], "epochs": 2, "batch_size": 30, "crop_padding": 2, "lr": 1e-2, "seed": 5},
@@ -76,11 +106,35 @@ def learngene_of(name: str, kind: str) -> Learngene:
     return extract(name, kind)
 
 
-def another_width(learngene: Learngene) -> int:
-    """One head more than the native width or, where that is out of reach, one less."""
+def sizes_of(learngene: Learngene) -> list[dict[str, Any]]:
+    """What to ask of the factory so that every depth within reach, and every width, is grown at least once."""
+    (low, high), (narrow, wide, step) = learngene.reach.depths, learngene.reach.widths
     native = learngene.shape
-    wider = native.width + native.head_dim
-    return wider if wider <= learngene.reach.widths[1] else native.width - native.head_dim
+    if learngene.reach.routes is not None:  # descendants of fixed sizes: the largest, and what fits into less
+        largest = factory.plan(learngene).params()
+        least = next(n for n in range(largest // 20, largest, largest // 20) if fits(learngene, n))
+        return [{}, *({"max_params": n} for n in range(least, largest, max(1, (largest - least) // 5)))]
+    sizes = [(depth, native.width) for depth in range(low, high + 1)]
+    sizes += [(native.depth, width) for width in range(narrow, wide + 1, step)] + [(low, narrow), (high, narrow)]
+    asked: list[dict[str, Any]] = [{"depth": depth, "width": width} for depth, width in sizes]
+    return asked + [{"heads": heads} for heads in learngene.reach.heads or ()]
+
+
+def fits(learngene: Learngene, max_params: int) -> bool:
+    """Whether a pool has a descendant of so few parameters."""
+    try:
+        return bool(factory.plan(learngene, max_params=max_params))
+    except (ShapeError, BudgetError):
+        return False
+
+
+def another_size(learngene: Learngene) -> dict[str, Any]:
+    """One head more than the native width or, where that is out of reach, one less; the last one of a fixed width."""
+    narrow, wide, step = learngene.reach.widths
+    native = learngene.shape.width
+    if narrow == wide or learngene.reach.routes is not None:
+        return sizes_of(learngene)[-1]
+    return {"width": native + step if native + step <= wide else native - step}
 
 
 def timeless(learngene: Learngene) -> Learngene:
@@ -123,11 +177,13 @@ def test_the_same_seed_gives_the_same_bytes(name: str, kind: str) -> None:
 @everywhere
 def test_a_learngene_knows_its_ancestor_and_is_smaller(name: str, kind: str) -> None:
     learngene, ancestor = learngene_of(name, kind), ancestor_of(kind)
-    assert learngene.method == name and learngene.shape == ViTShape.of(ancestor)
+    assert learngene.method == name
+    if learngene.reach.routes is None:  # a pool holds models of its own, several of them
+        assert learngene.shape == ViTShape.of(ancestor)
+        assert learngene.nbytes < sum(tensor.nbytes for tensor in ancestor.state_dict().values())
     assert learngene.ancestor == FACTS | {"sha256": factory.state_digest(ancestor)}
     assert learngene.license == FACTS["license"] and learngene.preprocessing == IMAGENET
     assert {key.partition(".")[0] for key in learngene.tensors} <= METHODS[name].groups
-    assert learngene.nbytes < sum(tensor.nbytes for tensor in ancestor.state_dict().values())
     assert all(bool(tensor.isfinite().all()) for tensor in learngene.tensors.values())
     assert not any(tensor.requires_grad for tensor in learngene.tensors.values())
 
@@ -152,8 +208,8 @@ def test_the_disk_gives_back_the_same_learngene_and_descendant(name: str, kind: 
     for field in ("method", "shape", "reach", "preprocessing", "license"):
         assert getattr(loaded, field) == getattr(learngene, field)
     assert dict(loaded.settings) == dict(learngene.settings) and dict(loaded.provenance) == dict(learngene.provenance)
-    width = learngene.reach.widths[0]
-    states = [factory.expand(each, depth=3, width=width).state_dict() for each in (learngene, loaded)]
+    sizes = sizes_of(learngene)[-1]
+    states = [factory.expand(each, **sizes).state_dict() for each in (learngene, loaded)]
     assert all(torch.equal(tensor, states[1][key]) for key, tensor in states[0].items())
 
 
@@ -161,21 +217,22 @@ def test_the_disk_gives_back_the_same_learngene_and_descendant(name: str, kind: 
 def test_every_depth_and_width_within_reach_grows(name: str, kind: str) -> None:
     """Its shape is the asked one, its keys are timm's exactly, its numbers are finite, nothing is left on "meta"."""
     learngene = learngene_of(name, kind)
-    low, high = learngene.reach.depths
-    narrow, wide, step = learngene.reach.widths
-    native = learngene.shape
-    shapes = [(depth, native.width) for depth in range(low, high + 1)]
-    shapes += [(native.depth, width) for width in range(narrow, wide + 1, step)] + [(low, narrow), (high, narrow)]
+    native, method = learngene.shape, get_method(name, learngene.settings)
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    for depth, width in shapes:
-        asked = replace(native, depth=depth, width=width, heads=width // native.head_dim)
-        method = get_method(name, learngene.settings)
+    for sizes in sizes_of(learngene):
+        asked = factory.plan(learngene, **sizes)
+        if not is_planning(method):
+            depth, width = sizes["depth"], sizes["width"]
+            assert asked == replace(native, depth=depth, width=width, heads=width // native.head_dim)
+        assert all(getattr(asked, size) == sizes[size] for size in ("depth", "width") if size in sizes)
+        assert asked.params() <= sizes.get("max_params", asked.params())
         expanded = method.expand(learngene, asked)
-        assert expanded.keys() == asked.keys(), f"{depth}x{width}"
-        model = factory.expand(learngene, depth=depth, width=width)
-        assert ViTShape.of(model) == asked
+        assert expanded.keys() == asked.keys(), f"{asked}"
+        model = factory.expand(learngene, **sizes)
+        assert shape_of(model) == asked
+        assert sum(parameter.numel() for parameter in model.parameters()) == asked.params()
         with torch.no_grad():
-            assert bool(model(x).isfinite().all()), f"{depth}x{width}"
+            assert bool(model(x).isfinite().all()), f"{asked}"
 
 
 @everywhere
@@ -183,10 +240,10 @@ def test_growing_changes_nothing_and_shares_nothing(name: str, kind: str) -> Non
     learngene = learngene_of(name, kind)
     before = learngene.digest
     ours = {tensor.untyped_storage().data_ptr() for tensor in learngene.tensors.values()}
-    native = learngene.shape
-    for width in sorted({native.width, native.width - native.head_dim, another_width(learngene)}):
+    sizes = sizes_of(learngene)
+    for asked in ({}, another_size(learngene), sizes[0], sizes[-1]):
         state = torch.get_rng_state()
-        model = factory.expand(learngene, depth=learngene.reach.depths[1], width=width)
+        model = factory.expand(learngene, **asked)
         assert torch.equal(torch.get_rng_state(), state)
         theirs = [parameter.untyped_storage().data_ptr() for parameter in model.parameters()]
         assert len(set(theirs)) == len(theirs) and not ours & set(theirs)
@@ -201,9 +258,7 @@ def test_growing_changes_nothing_and_shares_nothing(name: str, kind: str) -> Non
 def test_expand_is_pure_and_differentiable(name: str, kind: str) -> None:
     """Twice the same; and every stored weight of a block that is used gets a gradient."""
     learngene = learngene_of(name, kind)
-    native = learngene.shape
-    width = another_width(learngene)
-    shape = replace(native, width=width, heads=width // native.head_dim)
+    shape = factory.plan(learngene, **another_size(learngene))
     method = get_method(name, learngene.settings)
     first, second = (method.expand(learngene, shape) for _ in range(2))
     for key, tensor in first.items():
@@ -228,13 +283,13 @@ def test_shapes_outside_the_reach_or_of_another_kind_are_refused(name: str, kind
         with pytest.raises(ShapeError, match=f"{next(iter(sizes.values()))} asked") as caught:
             factory.expand(learngene, **sizes)
         assert "\n" not in str(caught.value)
-    native = learngene.shape
+    native = factory.plan(learngene)
     other: list[dict[str, Any]] = [
         {"patch": 16},
-        {"mlp_ratio": 2.0},
-        {"heads": 2 * native.heads, "head_dim": native.head_dim // 2},
         {"class_token": True, "pool": "token"} if native.pool == "avg" else {"class_token": False, "pool": "avg"},
     ]
+    if isinstance(native, ViTShape):
+        other += [{"mlp_ratio": 2.0}, {"heads": 2 * native.heads, "head_dim": native.head_dim // 2}]
     for change in other:
         with pytest.raises(ShapeError):
             get_method(name, learngene.settings).expand(learngene, replace(native, **change))

@@ -1,4 +1,4 @@
-"""LDR: coefficients by hand, phases whose earlier components stand still, recomposition, constrained tuning."""
+"""LDR: coefficients by hand, phases whose earlier components stand still, recomposition."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from learngene_hub import factory
 from learngene_hub.errors import ArtefactError, SettingsError, ShapeError
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods import _auxiliary, get_method
-from learngene_hub.methods.ldr import BASES, Ldr, coefficients, constrained
+from learngene_hub.methods.ldr import BASES, Ldr, coefficients
 from learngene_hub.methods.tleg import Tleg
 from learngene_hub.shape import ViTShape
-from learngene_hub.training import Recipe, Step
+from learngene_hub.training import Step
 from learngene_hub.transforms import BLOCK_KEYS, Resize
 
 LESSON = QUICK | {"phases": [1, 2, 4], "epochs": 1, "labels": 0.5}
@@ -277,46 +277,6 @@ def test_an_interrupted_extraction_goes_on_in_its_phase(tmp_path: Path, monkeypa
 def test_training_brings_the_auxiliary_nearer_to_the_ancestor() -> None:
     losses = extracted(phases=(2,), epochs=12, lr=3e-3, order_offset=0, labels=0.0).provenance["loss"]
     assert losses[-1] < 0.8 * losses[0]
-
-
-# Constrained tuning ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("k", [1, 3])
-def test_constrained_tuning_trains_components_and_ends_as_a_plain_vit(k: int) -> None:
-    learngene, x = random_learngene(4, components=k), noise(2, 3, 8, 8)
-    shape = replace(TINY, depth=5, classes=7)
-    tuned, free = constrained(learngene, shape, seed=3), factory.expand(learngene, depth=5, num_labels=7, seed=3)
-    with torch.no_grad():
-        torch.testing.assert_close(tuned(x), free(x), atol=1e-4, rtol=1e-4)
-    block = sum(tensor.numel() for tensor in learngene.group("component.1").values())
-    held = sum(parameter.numel() for parameter in tuned.parameters())
-    assert held == replace(shape, depth=1).params() + (k - 1) * block  # k blocks, however deep it is
-    recipe = Recipe(epochs=2, lr=1e-2, batch_size=8)
-    assert len(list(factory.finetune(tuned, pictures(7), recipe=recipe))) == 4
-    model = tuned.materialise()
-    assert ViTShape.of(model) == shape
-    with torch.no_grad():
-        torch.testing.assert_close(model(x), tuned(x), atol=1e-4, rtol=1e-4)
-    kept, table = tuned.found(), Ldr(phases=(4,)).table(5, range(1, k + 1)).float()
-    components = torch.stack([kept[f"component.{n}.mlp.fc1.bias"] for n in range(1, k + 1)])
-    torch.testing.assert_close(model.state_dict()["blocks.3.mlp.fc1.bias"], table[3] @ components)
-    assert not torch.equal(kept["component.1.mlp.fc1.bias"], learngene.tensors["component.1.mlp.fc1.bias"])
-    assert factory.evaluate(tuned, pictures(7)).count == 16
-
-
-def test_constrained_tuning_takes_the_stem_of_its_phase_and_knows_its_limits() -> None:
-    learngene = extracted()
-    chosen = replace(learngene, settings={**learngene.settings, "components": 2})
-    tuned = constrained(chosen, TINY)
-    assert torch.equal(tuned.found()["stem.pos_embed"], learngene.tensors["phase.2.stem.pos_embed"])
-    assert _auxiliary.numbers_of(tuned.found(), "component") == [1, 2]
-    with pytest.raises(ShapeError, match="depth 7 asked"):
-        constrained(learngene, replace(TINY, depth=7))
-    with pytest.raises(ShapeError, match="patch 8 asked"):
-        constrained(learngene, replace(TINY, patch=8))
-    with pytest.raises(SettingsError, match="a learngene of sws given; constrained tuning is for ldr"):
-        constrained(replace(learngene, method="sws"), TINY)
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

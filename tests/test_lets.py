@@ -28,7 +28,7 @@ from torch import Tensor
 from learngene_hub import factory
 from learngene_hub.errors import ArtefactError, ShapeError
 from learngene_hub.learngene import Learngene
-from learngene_hub.methods import _lets_training as training
+from learngene_hub.methods import _lesson
 from learngene_hub.methods._lets_maps import MODULES, Groups, Growth, choose, tensor_shapes
 from learngene_hub.methods.lets import Lets
 from learngene_hub.shape import ViTShape
@@ -60,7 +60,9 @@ def test_the_defaults_are_the_published_auxiliary_and_it_expands_to_every_parame
     """On the meta device: nothing is allocated."""
     native, small = published()
     method = Lets()
-    assert training.auxiliary_shape(method, Convnet(), images_of(1, size=224)) == replace(native, classes=1)
+    assert _lesson.auxiliary_shape(method, Convnet(), images_of(1, size=224), method.depth) == replace(
+        native, classes=1
+    )
     assert (method.learngene_depth, method.learngene_width) == (small.depth, small.width)
     tensors = {name: torch.empty(shape, device="meta") for name, shape in tensor_shapes(native, small).items()}
     state = method.expand(wrapped(tensors, native, small), native)

@@ -18,8 +18,7 @@ from learngene_hub import factory
 from learngene_hub.data import Images
 from learngene_hub.errors import ArtefactError, DataError, SettingsError, ShapeError
 from learngene_hub.learngene import Learngene
-from learngene_hub.methods import _auxiliary, get_method
-from learngene_hub.methods._distillation import auxiliary_shape, make_lesson
+from learngene_hub.methods import _auxiliary, _lesson, get_method
 from learngene_hub.methods.tleg import Tleg
 from learngene_hub.shape import IMAGENET, ViTShape
 from learngene_hub.training import Step
@@ -176,7 +175,11 @@ def test_the_loss_is_the_divergence_from_the_ancestor_and_the_labels(teacher: st
     data, settings = {"one": pictures()}, {"labels": 0.5, "distil": 2.0, "temperature": 3.0, "teacher": teacher}
     method = Tleg(**(QUICK | settings | {"crop_padding": 0, "flip": False}))
     ancestor, student = outspoken(seed=0), outspoken(seed=4)
-    lesson = make_lesson(method, ancestor, data, TINY, IMAGENET, None)
+    lesson = _lesson.prepare(
+        method, ancestor, data, depth=0, method="tleg", preprocessing=IMAGENET, teacher=None
+    )  # fmt: skip
+    lesson.ask(None)
+    assert lesson.native == TINY
     batches, count = lesson.batches(method.recipe())
     assert count == 2
     x, y = next(iter(batches(0)))
@@ -256,8 +259,8 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
         ({"a": pictures(7)}, {"labels": 1.0}, SettingsError, "a has 7 classes, the ancestor 4; labels=0"),
         ({"a": pictures(), "b": renamed(pictures())}, {"labels": 1.0}, SettingsError, "data sets of different classes"),
         ({"a": pictures(size=10)}, {}, ShapeError, "image size 10 asked; it must be a multiple of patch 4"),
-        ({"a": pictures()}, {"width": 10}, SettingsError, "width 10 asked; the ancestor's heads are 4 wide"),
-        ({"a": pictures()}, {"width": 12, "start": "ancestor"}, SettingsError, "start 'ancestor' asked with width 12"),
+        ({"a": pictures()}, {"width": 10}, ShapeError, "width 10 asked; the heads are 4 wide"),
+        ({"a": pictures()}, {"width": 12, "start": "ancestor"}, ShapeError, "start 'ancestor' asked with width 12"),
         ({"a": pictures()}, {"crop_padding": 8}, SettingsError, "crop_padding 8 asked; it is below the image size 8"),
         ({"a": pictures()}, {"teacher_size": 10}, ShapeError, "image size 10 asked"),
     ],
@@ -277,8 +280,8 @@ def test_an_ancestor_of_another_family_or_without_a_classifier_is_refused() -> N
     data = {"one": pictures()}
     with pytest.raises(ShapeError, match="only timm's plain VisionTransformer"):
         factory.extract("tleg", nn.Linear(2, 2), data, facts=FACTS)
-    with pytest.raises(SettingsError, match="an ancestor without a classifier given; tleg learns from its logits"):
-        auxiliary_shape(Tleg(), ancestor_of(replace(TINY, classes=0)), data, 0, "tleg")
+    with pytest.raises(SettingsError, match="an ancestor without a classifier given; the auxiliary learns from its"):
+        factory.extract("tleg", ancestor_of(replace(TINY, classes=0)), data, facts=FACTS)
 
 
 def test_a_learngene_of_other_tensors_is_refused() -> None:

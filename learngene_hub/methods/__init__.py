@@ -14,19 +14,52 @@ from types import MappingProxyType
 from typing import Any
 
 from learngene_hub.errors import SettingsError
-from learngene_hub.methods.base import Method, Resumable, is_resumable
+from learngene_hub.methods.auto import Auto
+from learngene_hub.methods.base import (
+    Constrainable,
+    Method,
+    Planning,
+    Resumable,
+    Taught,
+    is_constrainable,
+    is_planning,
+    is_resumable,
+    is_taught,
+    require_ancestor,
+)
+from learngene_hub.methods.cluster import Cluster
 from learngene_hub.methods.front import Front
+from learngene_hub.methods.heuristic import Heuristic
 from learngene_hub.methods.ldr import Ldr
+from learngene_hub.methods.learngene_pool import LearngenePool
 from learngene_hub.methods.lets import Lets
 from learngene_hub.methods.lsamd import Lsamd
 from learngene_hub.methods.net2net import Net2Net
+from learngene_hub.methods.sn_net import SnNet
 from learngene_hub.methods.sws import Sws
 from learngene_hub.methods.tleg import Tleg
 from learngene_hub.methods.weight_selection import WeightSelection
 
 ENTRY_POINTS = "learngene_hub.methods"
 BUILT_IN: Mapping[str, type] = MappingProxyType(
-    {method.name: method for method in (Lsamd, Net2Net, WeightSelection, Front, Tleg, Lets, Sws, Ldr)}
+    {
+        method.name: method
+        for method in (
+            Lsamd,
+            Net2Net,
+            WeightSelection,
+            Front,
+            Tleg,
+            Lets,
+            Sws,
+            Ldr,
+            Auto,
+            Heuristic,
+            LearngenePool,
+            SnNet,
+            Cluster,
+        )
+    }
 )
 
 
@@ -122,4 +155,17 @@ def _require_kinds(method: type, settings: Mapping[str, Any]) -> None:
             raise SettingsError(f"{field.name} {shown}; a number of at most {_LARGEST} would work")
 
 
-__all__ = ["METHODS", "Method", "Resumable", "get_method", "is_resumable"]
+__all__ = [
+    "METHODS",
+    "Constrainable",
+    "Method",
+    "Planning",
+    "Resumable",
+    "Taught",
+    "get_method",
+    "is_constrainable",
+    "is_planning",
+    "is_resumable",
+    "is_taught",
+    "require_ancestor",
+]

@@ -1,29 +1,27 @@
-"""What tleg, sws and ldr share: an auxiliary ViT that is expanded anew at every update.
+"""What lets, tleg, sws and ldr share: an auxiliary ViT that is expanded anew at every update.
 
 The auxiliary has no parameters of its own: they are the learngene's tensors, ``expand`` maps them to the state dict of
 a timm model that was built without memory, and gradients flow back through that map. It is expanded once per update, in
-float32 and outside of autocast. What it learns from stands in ``_distillation.py``.
+float32 and outside of autocast. What it learns from stands in ``_lesson.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from learngene_hub import transforms
-from learngene_hub.errors import ArtefactError
+from learngene_hub.errors import ArtefactError, ShapeError
 from learngene_hub.learngene import Learngene
-from learngene_hub.methods._distillation import Distillation, Lesson
+from learngene_hub.methods._distillation import Distillation
 from learngene_hub.methods._whole import last_norm
 from learngene_hub.shape import Preprocessing, Reach, ViTShape
-from learngene_hub.training import Recipe, StateDir, Step, fit
 
 Expand = Callable[[Learngene, ViTShape], Mapping[str, Tensor | None]]
-Watch = Callable[[Iterator[Step]], Iterator[Step]]
 FROZEN = "frozen"  # the group of tensors that only an auxiliary has: what the method computed once and does not train
 
 
@@ -61,15 +59,25 @@ def _full(tensor: Tensor) -> Tensor:
 class Auxiliary(nn.Module):
     """A ViT of ``shape`` whose parameters are the tensors of ``learngene``, under their names, and those of ``head``.
 
-    Its forward (images -> logits) expands them first. Tensors of the group ``frozen`` are not trained.
+    Its forward (images -> logits) expands them first. Tensors of the group ``frozen`` are not trained. ``head`` is a
+    classifier that the learngene does not hold; empty, where it does.
     """
 
-    def __init__(self, learngene: Learngene, expand: Expand, shape: ViTShape, head: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        learngene: Learngene,
+        expand: Expand,
+        shape: ViTShape,
+        head: Mapping[str, Tensor],
+        *,
+        drop_path: float = 0.0,
+    ) -> None:
         super().__init__()
         self.num_classes = shape.classes
         self._template, self._expand, self._shape = learngene, expand, shape
+        self._beside = {f"head.{kind}" for kind in head}  # what is no tensor of the learngene
         # In a tuple, because a module without memory is no part of this one: it cannot be moved or saved.
-        self._built = (shape.build(device="meta"),)
+        self._built = (shape.build(device="meta", drop_path_rate=drop_path),)
         for name, tensor in [*learngene.tensors.items(), *((f"head.{kind}", t) for kind, t in head.items())]:
             *path, last = name.split(".")
             place: nn.Module = self
@@ -86,11 +94,11 @@ class Auxiliary(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """The learngene's tensors as they are now, connected to the parameters."""
         named = [*self.named_parameters(), *self.named_buffers()]
-        return {name: tensor for name, tensor in named if not name.startswith("head.")}
+        return {name: tensor for name, tensor in named if name not in self._beside}
 
     def state(self) -> dict[str, Tensor]:
         """The whole state dict of the ViT, connected to the parameters."""
-        head = {name: tensor for name, tensor in self.named_parameters() if name.startswith("head.")}
+        head = {name: tensor for name, tensor in self.named_parameters() if name in self._beside}
         grown = self._expand(replace(self._template, tensors=self.tensors()), self._shape)
         return {name: tensor for name, tensor in grown.items() if tensor is not None} | head
 
@@ -98,19 +106,26 @@ class Auxiliary(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             state = self.state()
         (model,) = self._built
+        if model.training != self.training:
+            model.train(self.training)
         for block in model.blocks:  # on a CPU plain products are faster, see training.fit
             block.attn.fused_attn = x.device.type != "cpu"  # type: ignore[union-attr]
         return torch.func.functional_call(model, state, (x,))
 
     def found(self) -> dict[str, Tensor]:
         """The learngene's trained tensors: copies on the CPU."""
-        named = [item for item in self.named_parameters() if not item[0].startswith("head.")]
+        named = [item for item in self.named_parameters() if item[0] not in self._beside]
         return {name: parameter.detach().cpu().clone().contiguous() for name, parameter in named}
 
     def heads(self) -> dict[str, Tensor]:
         """The classifier, by "weight" and "bias": copies on the CPU."""
-        named = [item for item in self.named_parameters() if item[0].startswith("head.")]
+        named = [item for item in self.named_parameters() if item[0] in self._beside]
         return {name.removeprefix("head."): parameter.detach().cpu().clone() for name, parameter in named}
+
+    def learngene(self, provenance: Mapping[str, Any], *, head: bool) -> Learngene:
+        """The learngene that this is now, with the classifier where ``head`` is asked."""
+        kept = prefixed("head", self.heads()) if head else {}
+        return replace(self._template, tensors=self.found() | kept, provenance=provenance)
 
     @torch.no_grad()
     def materialise(self) -> nn.Module:
@@ -129,13 +144,30 @@ def random_parts(native: ViTShape, count: int, seed: int) -> tuple[dict[str, Ten
 
 
 def ancestor_parts(
-    ancestor: nn.Module, native: ViTShape, places: Sequence[float]
+    ancestor: nn.Module | None, native: ViTShape, places: Sequence[float], seed: int
 ) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
     """The same of the ancestor: its blocks at these relative places (0: the first, 1: the last), its positions at the
-    auxiliary's image size."""
+    auxiliary's image size, its kernel at the auxiliary's channels. Where a teacher beside it has other classes, the
+    head is random.
+
+    Raises:
+        ShapeError: the auxiliary is not of the ancestor's width, patch, head_dim, hidden units or layout.
+    """
+    if ancestor is None:
+        raise ShapeError("start 'ancestor' asked without an ancestor; start 'random' would work")
+    own = ViTShape.of(ancestor)
+    for name in ("width", "patch", "head_dim", "hidden", "class_token", "pool"):
+        have, asked = getattr(own, name), getattr(native, name)
+        if have != asked:
+            raise ShapeError(f"start 'ancestor' asked with {name} {asked}; the ancestor's is {have}, which would work")
     state = {name: tensor.detach().cpu().float().clone() for name, tensor in ancestor.state_dict().items()}
-    side, last = native.image_size // native.patch, ViTShape.of(ancestor).depth - 1
+    side, last = native.image_size // native.patch, own.depth - 1
     state["pos_embed"] = transforms.resample_positions(state["pos_embed"], side, int(native.class_token))
+    kernel = "patch_embed.proj.weight"
+    state[kernel] = transforms.adapt_channels(state[kernel], native.in_chans)
+    if own.classes != native.classes:
+        random, _ = random_parts(native, 1, seed)
+        state |= {key: random[key] for key in transforms.HEAD_KEYS}
     return _parts(state, native, [int(place * last + 0.5) for place in places])
 
 
@@ -146,60 +178,6 @@ def _parts(
     outer |= {f"tail.norm.{kind}": state[f"{last_norm(native)}.{kind}"] for kind in ("weight", "bias")}
     outer |= {key: state[key] for key in transforms.HEAD_KEYS}
     return outer, [{key: state[f"blocks.{i}.{key}"] for key in transforms.BLOCK_KEYS} for i in positions]
-
-
-@dataclass
-class Log:
-    """What one training run did."""
-
-    steps: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    losses: list[float] = field(default_factory=list)  # of each epoch, the mean
-    total: float = 0.0  # of the losses of this epoch so far
-    count: int = 0
-
-    def add(self, step: Step) -> None:
-        self.steps, self.images, self.seconds = step.step, step.images, step.seconds
-        self.total, self.count = self.total + step.loss, self.count + 1
-        if step.epoch_done:
-            self.losses.append(round(self.total / self.count, 5))
-            self.total, self.count = 0.0, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
-
-
-def train(auxiliary: Auxiliary, lesson: Lesson, recipe: Recipe, watch: Watch, state: StateDir | None) -> Log:
-    """Trains every parameter of ``auxiliary``; with ``state`` it goes on where it was interrupted."""
-    batches, per_epoch = lesson.batches(recipe)
-    log = Log()
-    steps = fit(
-        auxiliary, batches, lesson.loss, recipe=recipe, steps_per_epoch=per_epoch, state_dir=state, extra=log
-    )  # fmt: skip
-    for step in watch(steps):
-        log.add(step)
-    return log
-
-
-def report(lesson: Lesson, logs: Sequence[Log]) -> dict[str, Any]:
-    """The provenance of what was trained in these runs, one after the other."""
-    seen = sum(log.images for log in logs)
-    asked = seen if lesson.said is None else len(lesson.images)
-    return {
-        "data": {name: {"images": count} for name, count in lesson.names.items()},
-        "image_size": lesson.native.image_size,
-        "steps": sum(log.steps for log in logs),
-        "images_seen": seen,
-        "flops": seen * lesson.native.flops(),  # of training: images seen times the FLOPs of one
-        "teacher_flops": asked * lesson.seen.flops() if lesson.seen else 0,
-        "seconds": round(sum(log.seconds for log in logs), 3),
-        "loss": [loss for log in logs for loss in log.losses],
-    }
 
 
 def blank(
@@ -237,6 +215,14 @@ def without_head(parts: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     return {key: tensor for key, tensor in parts.items() if key not in transforms.HEAD_KEYS}, head
 
 
+def inherited_head(learngene: Learngene, shape: ViTShape, resize: transforms.Resize, kind: str) -> dict[str, Tensor]:
+    """The classifier of a descendant, where ``kind`` is "inherit", one is stored, and it has as many classes."""
+    if kind != "inherit" or shape.classes != learngene.shape.classes or "head.weight" not in learngene.tensors:
+        return {}
+    weight = transforms.read_columns(_full(learngene.tensors["head.weight"]), resize.stream)
+    return {"head.weight": weight, "head.bias": learngene.tensors["head.bias"]}
+
+
 def numbers_of(names: Mapping[str, Any], group: str) -> list[int]:
     """The numbers n of the names ``group.n.rest``, ascending; what is no number is -1."""
     seconds = {name.split(".")[1] for name in names if name.startswith(f"{group}.")}
@@ -246,7 +232,8 @@ def numbers_of(names: Mapping[str, Any], group: str) -> list[int]:
 def check_stored(
     shapes: Mapping[str, tuple[int, ...]], native: ViTShape, blocks: Sequence[str], snapshots: Sequence[str] = ()
 ) -> None:
-    """Refuse tensors that are not a stem, a last norm, blocks of these names, and these snapshots of stem and norm.
+    """Refuse tensors that are not a stem, a last norm, blocks of these names, these snapshots of stem and norm and, if
+    there is one, a head.
 
     Raises:
         ArtefactError: a tensor is missing, unknown, or of another shape.
@@ -256,6 +243,8 @@ def check_stored(
     want = dict(outer)
     want |= {f"{block}.{key}": model[f"block.0.{key}"] for block in blocks for key in transforms.BLOCK_KEYS}
     want |= {f"{snapshot}.{name}": shape for snapshot in snapshots for name, shape in outer.items()}
+    if any(name.startswith("head.") for name in shapes):
+        want |= {"head.weight": (native.classes, native.width), "head.bias": (native.classes,)}
     if missing := sorted(want.keys() - shapes.keys()):
         raise ArtefactError(f"{len(missing)} tensors are missing, the first is {missing[0]}")
     if unknown := sorted(shapes.keys() - want.keys()):

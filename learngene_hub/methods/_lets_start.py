@@ -107,6 +107,8 @@ def ancestral_tensors(ancestor: nn.Module, native: ViTShape, small: ViTShape) ->
         tensors |= {f"block.{layer}.{key}": tensor for key, tensor in resize.block(block, place).items()}
     norm = resize.norm({kind: parts[f"tail.norm.{kind}"] for kind in ("weight", "bias")})
     tensors |= {f"tail.norm.{kind}": tensor for kind, tensor in norm.items()}
+    if own.classes != native.classes:  # a teacher beside the ancestor has others: the head stays random
+        return tensors
     state = {name: tensor.detach().cpu().float().clone() for name, tensor in ancestor.state_dict().items()}
     head = transforms.read_columns(state["head.weight"], resize.stream)
     return tensors | {"head.weight": head, "head.bias": state["head.bias"]}

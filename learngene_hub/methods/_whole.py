@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from learngene_hub import transforms
 from learngene_hub.errors import ArtefactError, SettingsError, ShapeError
 from learngene_hub.learngene import Learngene
-from learngene_hub.shape import Preprocessing, Reach, ViTShape
+from learngene_hub.shape import Preprocessing, Reach, Shape, ViTShape
 
 
 def parts_of(ancestor: nn.Module, native: ViTShape) -> dict[str, Tensor]:
@@ -33,7 +33,7 @@ def untrained(
     settings: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     *,
-    native: ViTShape,
+    native: Shape,
     reach: Reach,
     facts: Mapping[str, Any],
     preprocessing: Preprocessing,

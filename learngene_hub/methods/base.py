@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Protocol, TypeGuard, runtime_checkable
 from torch import Tensor, nn
 
 from learngene_hub.data import Images
+from learngene_hub.errors import ShapeError
 from learngene_hub.learngene import Learngene
-from learngene_hub.shape import Preprocessing, ViTShape
+from learngene_hub.shape import Preprocessing, Shape, ViTShape
+from learngene_hub.teacher import Teacher
 from learngene_hub.training import StateDir, Step
 
 
@@ -41,13 +43,53 @@ class Method(Protocol):
         """
         ...
 
-    def expand(self, learngene: Learngene, shape: ViTShape) -> dict[str, Tensor | None]:
-        """Every parameter of a ViT of ``shape``; None marks what stays fresh."""
+    def expand(self, learngene: Learngene, shape: Any) -> dict[str, Tensor | None]:
+        """Every entry of the state dict of ``shape``; None marks what stays fresh.
+
+        ``shape`` is a ViTShape, unless the method plans shapes of its own (``Planning``).
+        """
         ...
 
-    def check(self, shapes: Mapping[str, tuple[int, ...]], native: ViTShape) -> None:
-        """Refuse tensors that a learngene of this method and native shape cannot hold (ArtefactError)."""
+    def check(self, shapes: Mapping[str, tuple[int, ...]], native: Any) -> None:
+        """Refuse tensors that a learngene of this method and native shape cannot hold (ArtefactError).
+
+        ``native`` is a ViTShape, unless the method plans shapes of its own: then it is whatever kind the file says.
+        """
         ...
+
+
+class Planning(Method, Protocol):
+    """A method with its own rule of which descendants there are, of whatever kind of shape.
+
+    It is one by declaring ``plan``. Any other grows plain ViTs of each depth and width within reach.
+    """
+
+    def plan(
+        self,
+        learngene: Learngene,
+        *,
+        depth: int | None,
+        width: int | None,
+        heads: int | tuple[int, ...] | None,
+        num_labels: int | None,
+        image_size: int | None,
+        in_chans: int,
+        max_params: int | None,
+    ) -> Shape:
+        """The shape grown with these sizes, each None (left out) or at least 1; checked, nothing allocated.
+
+        ``heads`` is one number for all blocks, or one for each. ``max_params`` is what the caller asked for: whether
+        the shape keeps it is checked afterwards.
+
+        Raises:
+            ShapeError: a size that these learngenes have no descendant of; the message names what they have.
+        """
+        ...
+
+
+def is_planning(method: Method) -> TypeGuard[Planning]:
+    """Whether the method declares ``plan``."""
+    return callable(getattr(method, "plan", None))
 
 
 class Resumable(Method, Protocol):
@@ -76,3 +118,67 @@ class Resumable(Method, Protocol):
 def is_resumable(method: Method) -> TypeGuard[Resumable]:
     """Whether the method's ``extract`` declares ``state_dir``."""
     return "state_dir" in signature(method.extract).parameters
+
+
+class Taught(Method, Protocol):
+    """A method whose auxiliary learns from what a teacher says: the ancestor, or another model beside it.
+
+    It is one by declaring ``teacher``; a method that does not is refused one.
+    """
+
+    def extract(
+        self,
+        ancestor: nn.Module,
+        data: Mapping[str, Images],
+        *,
+        facts: Mapping[str, Any],
+        preprocessing: Preprocessing,
+        watch: Callable[[Iterator[Step]], Iterator[Step]],
+        teacher: Teacher | None = None,
+    ) -> Learngene:
+        """As ``Method.extract``. The ancestor gives sizes and first weights, ``teacher`` (None: it too) the logits."""
+        ...
+
+
+def is_taught(method: Method | type) -> TypeGuard[Taught]:
+    """Whether the method's ``extract`` declares ``teacher``."""
+    return "teacher" in signature(method.extract).parameters
+
+
+def require_ancestor(method: Method, ancestor: nn.Module) -> None:
+    """Nothing, where the method can begin with this ancestor, as far as can be told without data.
+
+    A method says so by declaring ``require_ancestor(ancestor)``; any other needs a plain ViT.
+
+    Raises:
+        ShapeError: it cannot.
+    """
+    declared = getattr(method, "require_ancestor", None)
+    if declared is not None:
+        declared(ancestor)
+        return
+    try:
+        ViTShape.of(ancestor)
+    except ShapeError as error:
+        raise ShapeError(f"{method.name} needs a plain ViT as ancestor: {error}") from error
+
+
+class Tuned(Protocol):
+    """A module (images -> logits) that is trained in place of a descendant, and becomes one."""
+
+    def materialise(self) -> nn.Module:
+        """The plain timm model that it is now, with parameters of its own."""
+        ...
+
+
+class Constrainable(Method, Protocol):
+    """A method whose descendants can be trained through what its learngenes are made of, by declaring this."""
+
+    def constrained(self, learngene: Learngene, shape: Any, *, seed: int = 0) -> Tuned:
+        """A descendant of ``shape`` whose parameters are the learngene's, and a fresh head drawn with ``seed``."""
+        ...
+
+
+def is_constrainable(method: Method | type) -> TypeGuard[Constrainable]:
+    """Whether the method declares ``constrained``."""
+    return callable(getattr(method, "constrained", None))

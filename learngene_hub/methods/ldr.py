@@ -14,13 +14,14 @@ new components start from zeros, so that a phase begins with the function that t
 and head learn in every phase, and stem and norm are kept as they were at the end of each. A descendant of k components
 takes those of the phase that reached k, or of the next one.
 
-A grown descendant trains freely. ``constrained`` is the paper's other mode: components instead of blocks are trained.
+A grown descendant trains freely. ``Ldr.constrained`` (``factory.constrain``, ``learngene finetune --constrained``) is
+the paper's other mode: components instead of blocks are trained.
 
 Source: Lin et al., "Linearly Decomposing and Recomposing Vision Transformers for Diverse-Scale Models", NeurIPS 2024,
 its text with appendix. Published: a DeiT-B auxiliary; a teacher RegNetY-16GF; CE + KL, of weights 1 and 1; 100 epochs
-per phase at batch 512, learning rate 8e-4. Here the auxiliary is of the ancestor's kind, and the ancestor teaches. The
-paper varies depth alone; width comes from the shared width transform (``transforms.py``), without a stage of its own,
-and is our addition.
+per phase at batch 512, learning rate 8e-4. Here the ancestor teaches, unless a teacher is given, and what the settings
+leave open of the auxiliary is the ancestor's. The paper varies depth alone; width comes from the shared width
+transform (``transforms.py``), without a stage of its own, and is our addition.
 """
 
 from __future__ import annotations
@@ -38,23 +39,24 @@ from learngene_hub._check import require_int
 from learngene_hub.data import Images, seed_of
 from learngene_hub.errors import ArtefactError, SettingsError
 from learngene_hub.learngene import Learngene
-from learngene_hub.methods import _auxiliary
-from learngene_hub.methods._distillation import Distillation, auxiliary_shape, make_lesson
+from learngene_hub.methods import _auxiliary, _lesson
+from learngene_hub.methods._distillation import ResizedDistillation
 from learngene_hub.methods._whole import assemble, require_choice, require_same
 from learngene_hub.shape import Preprocessing, ViTShape
+from learngene_hub.teacher import Teacher
 from learngene_hub.training import StateDir, Step
 
 BASES = ("chebyshev", "taylor", "legendre", "fourier")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ldr(Distillation):
+class Ldr(ResizedDistillation):
     """The settings of LDR: those of the distillation (epochs are of each phase), and the components."""
 
     name: ClassVar[str] = "ldr"
     paper: ClassVar[str] = "https://openreview.net/forum?id=Yhd0yzC8yD"
     note: ClassVar[str] = "Widths other than the auxiliary's are an addition of this project; the paper varies depth."
-    groups: ClassVar[frozenset[str]] = frozenset({"stem", "component", "phase", "tail"})
+    groups: ClassVar[frozenset[str]] = frozenset({"stem", "component", "phase", "tail", "head"})
 
     lr: float = 8e-4
     labels: float = 1.0
@@ -88,6 +90,10 @@ class Ldr(Distillation):
         if self.components > self.phases[-1]:
             raise SettingsError(f"components {self.components} asked; there are {self.phases[-1]} after the last phase")
 
+    def require_ancestor(self, ancestor: nn.Module) -> None:
+        """Refuse an ancestor that lacks what is to be its own (ShapeError)."""
+        _lesson.require_ancestor(self, ancestor, self.depth)
+
     def extract(
         self,
         ancestor: nn.Module,
@@ -97,19 +103,25 @@ class Ldr(Distillation):
         preprocessing: Preprocessing,
         watch: Callable[[Iterator[Step]], Iterator[Step]] = iter,
         state_dir: StateDir | None = None,
+        teacher: Teacher | None = None,
     ) -> Learngene:
-        """The learngene of an auxiliary that learns from ``ancestor`` on all images of ``data``, of one size.
+        """The learngene of an auxiliary that learns from ``teacher`` (the ancestor) on all images of ``data``, of one
+        size.
 
-        The native shape is the auxiliary's, at the size of the images. ``watch`` is called once for each phase.
+        The native shape is the auxiliary's, at the size of the images. ``ancestor`` is any model with logits; a plain
+        ViT where the auxiliary's sizes or first weights are to be its own. ``watch`` is called once for each phase.
 
         Raises:
-            SettingsError: no data, settings that the ancestor does not allow, or labels of other classes than its own.
-            DataError: images of different sizes, of other channels than the ancestor's, or none.
-            ShapeError: the ancestor is no plain ViT.
+            SettingsError: no data, settings that they or the teacher do not allow, or labels of other classes than its.
+            DataError: images of different sizes, of other channels than the teacher's, or none.
+            ShapeError: no such auxiliary, or the ancestor is no plain ViT where something is to be its own.
         """
-        native = auxiliary_shape(self, ancestor, data, self.depth, self.name)
-        lesson = make_lesson(self, ancestor, data, native, preprocessing, state_dir)
-        outer, start = self._start(ancestor, native)
+        lesson = _lesson.prepare(
+            self, ancestor, data, depth=self.depth, method=self.name, preprocessing=preprocessing, teacher=teacher
+        )
+        native = lesson.native
+        outer, start = self.begin(native, ancestor)
+        lesson.ask(state_dir)
         tensors, head = _auxiliary.without_head(outer)
         done: list[dict[str, Tensor]] = []
         snapshots, logs = {}, []
@@ -117,32 +129,47 @@ class Ldr(Distillation):
             new = range(len(done) + 1, count + 1)
             for n in new:
                 tensors |= _auxiliary.prefixed(f"component.{n}", start[n - 1])
-            held = tensors | _auxiliary.prefixed(_auxiliary.FROZEN, self.frozen(done, native.depth))
-            blank = _auxiliary.blank(self.name, self, held, native, facts, preprocessing)
-            auxiliary = _auxiliary.Auxiliary(blank, replace(self, components=0).expand, native, head)
+            auxiliary = self.phase(tensors, done, head, native, facts, preprocessing)
             state = state_dir and replace(state_dir, path=state_dir.path / f"phase-{count}")
-            logs.append(_auxiliary.train(auxiliary, lesson, self.recipe(self._seed(count)), watch, state))
+            logs.append(_lesson.train(auxiliary, lesson, self.recipe(self._seed(count)), watch, state))
             found, head = auxiliary.found(), auxiliary.heads()
             done += [_group(found, f"component.{n}") for n in new]
             tensors = {name: tensor for name, tensor in found.items() if not name.startswith("component.")}
             snapshots |= {f"phase.{count}.{name}": t for name, t in tensors.items() if count != self.phases[-1]}
         for n, component in enumerate(done, 1):
             tensors |= _auxiliary.prefixed(f"component.{n}", component)
+        tensors |= _auxiliary.prefixed("head", head) if self.head == "inherit" else {}
         blank = _auxiliary.blank(self.name, self, tensors | snapshots, native, facts, preprocessing)
-        return replace(blank, provenance=_auxiliary.report(lesson, logs))
+        return replace(blank, provenance=_lesson.report(lesson, logs))
+
+    def phase(
+        self,
+        tensors: Mapping[str, Tensor],
+        done: Sequence[Mapping[str, Tensor]],
+        head: Mapping[str, Tensor],
+        native: ViTShape,
+        facts: Mapping[str, Any],
+        preprocessing: Preprocessing,
+    ) -> _auxiliary.Auxiliary:
+        """The auxiliary of a phase that trains ``tensors`` and ``head`` beside the components of earlier phases, which
+        are ``done``."""
+        held = {**tensors, **_auxiliary.prefixed(_auxiliary.FROZEN, self.frozen(done, native.depth))}
+        blank = _auxiliary.blank(self.name, self, held, native, facts, preprocessing)
+        whole = replace(self, components=0)
+        return _auxiliary.Auxiliary(blank, whole.expand, native, head, drop_path=self.drop_path)
 
     def _seed(self, count: int) -> int:
         """The seed of a phase: its order of the images is no other phase's."""
         return self.seed if count == self.phases[0] else seed_of("ldr", self.seed, count)
 
-    def _start(self, ancestor: nn.Module, native: ViTShape) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
+    def begin(self, native: ViTShape, ancestor: nn.Module | None) -> tuple[dict[str, Tensor], list[dict[str, Tensor]]]:
         """Where stem, norm and head start, and all components: the first is a block, the others as ``added`` says.
 
         None of them depends on how many there will be.
         """
         outer, blocks = _auxiliary.random_parts(native, 1, self.seed)
         if self.start == "ancestor":  # its middle block (our addition)
-            outer, blocks = _auxiliary.ancestor_parts(ancestor, native, [0.5])
+            outer, blocks = _auxiliary.ancestor_parts(ancestor, native, [0.5], self.seed)
         for n in range(2, self.phases[-1] + 1):
             block = {key: tensor * 0.0 for key, tensor in blocks[0].items()}
             if self.added == "normal":
@@ -160,7 +187,8 @@ class Ldr(Distillation):
         return coefficients(self.basis, depth, [n - 1 + self.order_offset for n in numbers])
 
     def expand(self, learngene: Learngene, shape: ViTShape) -> dict[str, Tensor | None]:
-        """Every parameter of a ViT of ``shape`` recomposed from the first ``components``; None: the head.
+        """Every parameter of a ViT of ``shape`` recomposed from the first ``components``; None: the head, where it is
+        not inherited (it is that of the last phase).
 
         Raises:
             ShapeError: something other than depth, width, image size, input channels or classes differs.
@@ -175,7 +203,35 @@ class Ldr(Distillation):
         blocks = _auxiliary.compose(parts, self.table(shape.depth, numbers), learngene.group(_auxiliary.FROZEN))
         outer = snapshot(learngene, numbers[-1])
         norm = resize.norm(_group(outer, "tail.norm"))
-        return assemble(shape, resize.stem(_group(outer, "stem")), blocks, norm)
+        state = assemble(shape, resize.stem(_group(outer, "stem")), blocks, norm)
+        return state | _auxiliary.inherited_head(learngene, shape, resize, self.head)
+
+    def constrained(self, learngene: Learngene, shape: ViTShape, *, seed: int = 0) -> _auxiliary.Auxiliary:
+        """A descendant of ``shape`` whose components are trained, not its blocks: as many parameters at any depth.
+
+        It is a module like any other (``factory.finetune`` trains it); its ``materialise`` gives the plain timm model
+        that it has become. The head is a descendant's: fresh, drawn with ``seed``, where it is not inherited.
+
+        Raises:
+            ShapeError: ``shape`` is outside the learngene's reach, or of another kind.
+            SettingsError: more components are asked than the learngene has.
+        """
+        learngene.reach.check(shape)
+        require_same(learngene.shape, shape, self.name)
+        numbers = self.numbers(learngene)
+        tensors = snapshot(learngene, numbers[-1])
+        for n in numbers:
+            tensors |= _auxiliary.prefixed(f"component.{n}", learngene.group(f"component.{n}"))
+        head: dict[str, Tensor] = {}
+        if shape.classes:
+            weight = torch.empty(shape.classes, shape.width)
+            nn.init.trunc_normal_(weight, std=0.02, generator=torch.Generator().manual_seed(seed))
+            head = {"weight": weight, "bias": torch.zeros(shape.classes)}
+            resize = transforms.Resize.of({}, learngene.shape, shape, self.form)
+            inherited = _auxiliary.inherited_head(learngene, shape, resize, self.head)
+            head |= {name.removeprefix("head."): tensor for name, tensor in inherited.items()}
+        free = replace(self, components=0)  # only the chosen ones are there
+        return _auxiliary.Auxiliary(replace(learngene, tensors=tensors), free.expand, shape, head)
 
     def numbers(self, learngene: Learngene) -> list[int]:
         """The components that a descendant is recomposed from.
@@ -245,33 +301,6 @@ def snapshot(learngene: Learngene, count: int) -> dict[str, Tensor]:
     if phases:
         return learngene.group(f"phase.{phases[0]}")
     return {name: tensor for name, tensor in learngene.tensors.items() if name.startswith(("stem.", "tail."))}
-
-
-def constrained(learngene: Learngene, shape: ViTShape, *, seed: int = 0) -> _auxiliary.Auxiliary:
-    """A descendant of ``shape`` whose components are trained, not its blocks: as many parameters at any depth.
-
-    It is a module like any other (``factory.finetune`` trains it); its ``materialise`` gives the plain timm model that
-    it has become. The head is fresh, drawn with ``seed``.
-
-    Raises:
-        ShapeError: ``shape`` is outside the learngene's reach, or of another kind.
-        SettingsError: the learngene is of another method, or its settings ask for more components than it has.
-    """
-    if learngene.method != Ldr.name:
-        raise SettingsError(f"a learngene of {learngene.method} given; constrained tuning is for {Ldr.name}")
-    learngene.reach.check(shape)
-    method = Ldr(**learngene.settings)
-    tensors = snapshot(learngene, method.numbers(learngene)[-1])
-    for n in method.numbers(learngene):
-        tensors |= _auxiliary.prefixed(f"component.{n}", learngene.group(f"component.{n}"))
-    head: dict[str, Tensor] = {}
-    if shape.classes:
-        weight = torch.empty(shape.classes, shape.width)
-        nn.init.trunc_normal_(weight, std=0.02, generator=torch.Generator().manual_seed(seed))
-        head = {"weight": weight, "bias": torch.zeros(shape.classes)}
-    free = replace(method, components=0)  # only the chosen ones are there
-    require_same(learngene.shape, shape, Ldr.name)
-    return _auxiliary.Auxiliary(replace(learngene, tensors=tensors), free.expand, shape, head)
 
 
 def _group(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

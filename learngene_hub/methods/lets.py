@@ -39,30 +39,30 @@ from torch import Tensor, nn
 
 from learngene_hub import transforms
 from learngene_hub._check import is_number, require_int
-from learngene_hub.data import Augment, Images
+from learngene_hub.data import Images
 from learngene_hub.errors import ArtefactError, SettingsError, ShapeError
 from learngene_hub.learngene import Learngene
+from learngene_hub.methods import _lesson
+from learngene_hub.methods._distillation import Distillation
 from learngene_hub.methods._lets_maps import Groups, Growth, mix_layers, narrow, tensor_shapes
 from learngene_hub.methods._whole import assemble, require_choice, require_same
 from learngene_hub.shape import Preprocessing, Reach, ViTShape
-from learngene_hub.training import Recipe, StateDir, Step
+from learngene_hub.teacher import Teacher
+from learngene_hub.training import StateDir, Step
 
 _CHOICES = {
-    "layout": ("avg", "token", "ancestor"),
-    "start": ("random", "ancestor"),
     "scheme": ("rand", "sel", "sel_noisy", "preserving"),
     "depth_scheme": ("stackbert_noisy", "alternate"),
     "select": ("continuous", "step", "random", "magnitude"),
     "norm": ("l1", "l2"),
     "keep": ("top", "bottom"),
     "head": ("inherit", "fresh"),
-    "teacher": ("live", "once"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lets:
-    """The settings of LeTs; the learning rate is that of the whole step, whatever its size."""
+class Lets(Distillation):
+    """The settings of LeTs: the distillation's, with defaults of their own, the learngene's, and the maps'."""
 
     name: ClassVar[str] = "lets"
     paper: ClassVar[str] = "https://openreview.net/forum?id=7j6xgGj5lF"
@@ -77,37 +77,23 @@ class Lets:
     head_dim: int = 64  # of the auxiliary, the learngene and every descendant
     mlp_ratio: float = 4.0
     patch: int = 16
-    layout: str = "avg"  # the average of the patch tokens without a class token, as published; or a class "token"
-    # The learngene.
+    layout: str = "avg"  # the average of the patch tokens without a class token, as published
+    # The learngene; its weights start random or, with ``start`` "ancestor", as blocks and leading units of a plain ViT.
     learngene_depth: int = 8
     learngene_width: int = 384
-    start: str = "random"  # its initial weights; "ancestor": blocks and leading units of a plain ViT (addition)
     # The maps' initial values.
     scheme: str = "rand"  # F: rows of positive noise with sum 1; one old unit each ("sel"), with noise ("sel_noisy")
     noise: float = 0.03  # largest entry of the noise, in F and in G
     depth_scheme: str = "stackbert_noisy"  # G: nearly the first of each pair; "alternate": rows in turn (addition)
-    # Training.
+    # Training, where it differs from the shared defaults; G does not decay.
     epochs: int = 300
-    lr: float = 5e-4  # peak
-    batch_size: int = 512
-    weight_decay: float = 0.05  # of learngene and F, not of G
     warmup: float = 5 / 300  # share of all updates
-    clip: float = 0.0  # largest norm of the whole gradient; 0: any
     drop_path: float = 0.1
-    distil: float = 1.0  # weight of the teacher's predictions
-    labels: float = 0.0  # weight of the labels; above 0 the data's classes are the ancestor's
-    temperature: float = 1.0
-    label_smoothing: float = 0.1
-    teacher: str = "live"  # the teacher sees each batch as the auxiliary does; "once": each image as it is (addition)
-    teacher_size: int = 0  # pixels at which it sees them; 0: its own image size, where it names one
-    flip: bool = True
-    crop_padding: int = 4  # pixels by which a random crop moves
+    teacher: str = "live"  # "once" is our addition
     color: float = 0.4
     erase: float = 0.25
     mixup: float = 0.8
     cutmix: float = 1.0
-    precision: str = "fp32"
-    seed: int = 0
     # Growth.
     select: str = "continuous"  # the rows of F: the leading ones, step-wise, random, by magnitude
     first: int = 0  # "step": the row it starts from
@@ -120,6 +106,7 @@ class Lets:
     head: str = "inherit"  # the classifier, where there are as many classes as the teacher has; or "fresh"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("layer_map", "coefficients"):
             values = getattr(self, name)
             if not isinstance(values, (list, tuple)) or not all(type(value) is int for value in values):
@@ -134,41 +121,14 @@ class Lets:
             require_choice(name, getattr(self, name), known)
         for name in ("learngene_depth", "learngene_width", "stride"):
             require_int(name, getattr(self, name), at_least=1, error=SettingsError)
-        for name in ("depth", "width", "head_dim", "patch", "teacher_size", "first", "select_seed"):
+        for name in ("depth", "first", "select_seed"):
             require_int(name, getattr(self, name), at_least=0, error=SettingsError)
-        self._check_training()
+        if not (is_number(self.noise) and 0 <= self.noise <= 1):
+            raise SettingsError(f"noise {self.noise!r} asked; it is a number from 0 to 1")
 
-    def _check_training(self) -> None:
-        for name, most in (("drop_path", 0.999), ("noise", 1.0)):
-            value = getattr(self, name)
-            if not (is_number(value) and 0 <= value <= most):
-                raise SettingsError(f"{name} {value!r} asked; it is a number from 0 to {most:g}")
-        for name in ("mlp_ratio", "clip", "distil", "labels"):
-            if not (is_number(getattr(self, name)) and getattr(self, name) >= 0):
-                raise SettingsError(f"{name} {getattr(self, name)!r} asked; 0 is the least that works")
-        if not (is_number(self.temperature) and self.temperature > 0):
-            raise SettingsError(f"temperature {self.temperature!r} asked; it is above 0")
-        if not self.distil and not self.labels:
-            raise SettingsError("distil 0 and labels 0 asked; at least one of them is above 0")
-        if self.teacher == "once" and (self.mixup or self.cutmix):
-            raise SettingsError("mixup or cutmix asked with teacher 'once', which sees no mixed images: 'live' does")
-        self.recipe()
-
-    def recipe(self) -> Recipe:
-        """How the auxiliary is trained.
-
-        Raises:
-            SettingsError: a setting is out of its range.
-        """
-        augment = Augment(
-            flip=self.flip, crop_padding=self.crop_padding, color=self.color, erase=self.erase, mixup=self.mixup,
-            cutmix=self.cutmix,
-        )  # fmt: skip
-        return Recipe(
-            epochs=self.epochs, lr=self.lr, batch_size=self.batch_size, weight_decay=self.weight_decay,
-            schedule="cosine", warmup=self.warmup, label_smoothing=self.label_smoothing, clip=self.clip or None,
-            precision=self.precision, augment=augment, seed=self.seed,
-        )  # fmt: skip
+    def require_ancestor(self, ancestor: nn.Module) -> None:
+        """Refuse an ancestor that lacks what is to be its own (ShapeError)."""
+        _lesson.require_ancestor(self, ancestor, self.depth)
 
     def extract(
         self,
@@ -179,21 +139,23 @@ class Lets:
         preprocessing: Preprocessing,
         watch: Callable[[Iterator[Step]], Iterator[Step]] = iter,
         state_dir: StateDir | None = None,
+        teacher: Teacher | None = None,
     ) -> Learngene:
-        """The learngene that learns, inside its auxiliary, from what ``ancestor`` predicts on the images of ``data``.
+        """The learngene that learns, inside its auxiliary, from what ``teacher`` (the ancestor) predicts on the images
+        of ``data``.
 
-        ``ancestor`` is any timm model that gives logits; a plain ViT only where the auxiliary's sizes or the initial
-        weights are to be the ancestor's. The native shape of the learngene is the auxiliary's. The flops told are
-        those of the auxiliary's forward for every image seen.
+        ``ancestor`` is any model with logits; a plain ViT only where the auxiliary's sizes or the initial weights are
+        to be the ancestor's. The native shape of the learngene is the auxiliary's.
 
         Raises:
-            SettingsError: no images, or an ancestor that gives no logits for them.
-            DataError: images of different sizes, or ``labels`` asked that are not the ancestor's classes.
+            SettingsError: no images, a teacher that gives no logits for them, or ``labels`` asked that are not its
+                classes.
+            DataError: images of different sizes, or of other channels than the teacher's.
             ShapeError: an auxiliary or a learngene that cannot be, or an ancestor that is no plain ViT where it must.
         """
         from learngene_hub.methods._lets_training import train
 
-        found = train(self, ancestor, data, preprocessing, watch, state_dir)
+        found = train(self, ancestor, data, preprocessing, watch, state_dir, teacher)
         return Learngene(
             tensors=found.tensors,
             method=self.name,

@@ -13,9 +13,9 @@ them included (our reading). ``layers`` gives any other list.
 Source: Xia et al., "Exploring Learngene via Stage-wise Weight Sharing for Initializing Variable-sized Models",
 IJCAI 2024, arXiv:2404.16897, and its released code. Published: auxiliaries of 16 blocks in stages of 3, 3, 4, 3, 3,
 without class token; a teacher LeViT-384; 150 or 100 epochs at batch 512. The released small auxiliary has 12 heads, its
-descendants 6: here the head_dim never changes, the auxiliary is of the ancestor's kind, and the ancestor teaches. The
-paper varies depth alone; width comes from the shared width transform (``transforms.py``), without a stage of its own,
-and is our addition.
+descendants 6: here the head_dim never changes; the ancestor teaches, unless a teacher is given, and what the settings
+leave open of the auxiliary is the ancestor's. The paper varies depth alone; width comes from the shared width
+transform (``transforms.py``), without a stage of its own, and is our addition.
 """
 
 from __future__ import annotations
@@ -31,15 +31,16 @@ from learngene_hub._check import require_int
 from learngene_hub.data import Images
 from learngene_hub.errors import ArtefactError, SettingsError, ShapeError
 from learngene_hub.learngene import Learngene
-from learngene_hub.methods import _auxiliary
-from learngene_hub.methods._distillation import Distillation, auxiliary_shape, make_lesson
+from learngene_hub.methods import _auxiliary, _lesson
+from learngene_hub.methods._distillation import ResizedDistillation
 from learngene_hub.methods._whole import assemble, require_same
 from learngene_hub.shape import Preprocessing, ViTShape
+from learngene_hub.teacher import Teacher
 from learngene_hub.training import StateDir, Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sws(Distillation):
+class Sws(ResizedDistillation):
     """The settings of SWS: those of the distillation, and which stage each block belongs to."""
 
     name: ClassVar[str] = "sws"
@@ -47,7 +48,7 @@ class Sws(Distillation):
     note: ClassVar[str] = (
         "Widths other than the auxiliary's, and depths other than 12 and the auxiliary's, are this project's reading."
     )
-    groups: ClassVar[frozenset[str]] = frozenset({"stem", "stage", "tail"})
+    groups: ClassVar[frozenset[str]] = frozenset({"stem", "stage", "tail", "head"})
 
     warmup: float = 1 / 30  # 5 of 150 epochs
     stages: tuple[int, ...] = (3, 3, 4, 3, 3)  # blocks of each stage; the auxiliary's depth is their sum
@@ -71,6 +72,10 @@ class Sws(Distillation):
                 f"layers {list(self.layers)} asked; they never fall, and are at most {len(self.stages) - 1}"
             )
 
+    def require_ancestor(self, ancestor: nn.Module) -> None:
+        """Refuse an ancestor that lacks what is to be its own (ShapeError)."""
+        _lesson.require_ancestor(self, ancestor, sum(self.stages))
+
     def extract(
         self,
         ancestor: nn.Module,
@@ -80,29 +85,40 @@ class Sws(Distillation):
         preprocessing: Preprocessing,
         watch: Callable[[Iterator[Step]], Iterator[Step]] = iter,
         state_dir: StateDir | None = None,
+        teacher: Teacher | None = None,
     ) -> Learngene:
-        """The learngene of an auxiliary that learns from ``ancestor`` on all images of ``data``, of one size.
+        """The learngene of an auxiliary that learns from ``teacher`` (the ancestor) on all images of ``data``, of one
+        size.
 
-        The native shape is the auxiliary's, at the size of the images.
+        The native shape is the auxiliary's, at the size of the images. ``ancestor`` is any model with logits; a plain
+        ViT where the auxiliary's sizes or first weights are to be its own.
 
         Raises:
-            SettingsError: no data, or settings that the ancestor does not allow.
-            DataError: images of different sizes, of other channels than the ancestor's, or none.
-            ShapeError: the ancestor is no plain ViT.
+            SettingsError: no data, or settings that the data or the teacher do not allow.
+            DataError: images of different sizes, of other channels than the teacher's, or none.
+            ShapeError: no such auxiliary, or the ancestor is no plain ViT where something is to be its own.
         """
-        native = auxiliary_shape(self, ancestor, data, sum(self.stages), self.name)
-        lesson = make_lesson(self, ancestor, data, native, preprocessing, state_dir)
+        lesson = _lesson.prepare(
+            self, ancestor, data, depth=sum(self.stages), method=self.name, preprocessing=preprocessing, teacher=teacher
+        )
+        auxiliary = self.begin(lesson.native, ancestor, facts, preprocessing)
+        lesson.ask(state_dir)
+        log = _lesson.train(auxiliary, lesson, self.recipe(), watch, state_dir)
+        return auxiliary.learngene(_lesson.report(lesson, [log]), head=self.head == "inherit")
+
+    def begin(
+        self, native: ViTShape, ancestor: nn.Module | None, facts: Mapping[str, Any], preprocessing: Preprocessing
+    ) -> _auxiliary.Auxiliary:
+        """The auxiliary of shape ``native`` before training; the ancestor is asked where ``start`` says so."""
         outer, blocks = _auxiliary.random_parts(native, len(self.stages), self.seed)
         if self.start == "ancestor":  # at each stage its block of the same relative place (our addition)
-            outer, blocks = _auxiliary.ancestor_parts(ancestor, native, _middles(self.stages))
+            outer, blocks = _auxiliary.ancestor_parts(ancestor, native, _middles(self.stages), self.seed)
         tensors, head = _auxiliary.without_head(outer)
         for stage, block in enumerate(blocks):
             tensors |= _auxiliary.prefixed(f"stage.{stage}", block)
         blank = _auxiliary.blank(self.name, self, tensors, native, facts, preprocessing)
         shared = replace(self, layers=())  # a descendant's list is none of the auxiliary's
-        auxiliary = _auxiliary.Auxiliary(blank, shared.expand, native, head)
-        log = _auxiliary.train(auxiliary, lesson, self.recipe(), watch, state_dir)
-        return replace(blank, tensors=auxiliary.found(), provenance=_auxiliary.report(lesson, [log]))
+        return _auxiliary.Auxiliary(blank, shared.expand, native, head, drop_path=self.drop_path)
 
     def positions(self, depth: int) -> tuple[int, ...]:
         """The stage of each block of a descendant.
@@ -115,7 +131,8 @@ class Sws(Distillation):
         return self.layers or spread(self.stages, depth)
 
     def expand(self, learngene: Learngene, shape: ViTShape) -> dict[str, Tensor | None]:
-        """Every parameter of a ViT of ``shape``; None: the head. Blocks of one stage are one and the same tensor.
+        """Every parameter of a ViT of ``shape``; None: the head, where it is not inherited. Blocks of one stage are one
+        and the same tensor.
 
         Raises:
             ShapeError: something other than depth, width, image size, input channels or classes differs, or ``layers``
@@ -131,7 +148,8 @@ class Sws(Distillation):
         resized = {stage: resize.block(learngene.group(f"stage.{stage}"), 0) for stage in dict.fromkeys(positions)}
         norm = resize.norm({kind: learngene.tensors[f"tail.norm.{kind}"] for kind in ("weight", "bias")})
         stem = resize.stem(learngene.group("stem"))
-        return assemble(shape, stem, [resized[stage] for stage in positions], norm)
+        state = assemble(shape, stem, [resized[stage] for stage in positions], norm)
+        return state | _auxiliary.inherited_head(learngene, shape, resize, self.head)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], native: ViTShape) -> None:
         """Refuse tensors that no learngene of this native shape has.

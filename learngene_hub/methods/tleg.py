@@ -10,14 +10,15 @@ kept: Linear weights of both from a normal of 0.02, the gains of A at 1 and thos
 
 Source: Xia et al., "Transformer as Linear Expansion of Learngene", AAAI 2024, arXiv:2312.05614, and
 its released code. Published: auxiliaries of 12 blocks 384 or 768 wide, without class token; a teacher LeViT-384; 150 or
-100 epochs at batch 512. Here the auxiliary is of the ancestor's kind, and the ancestor teaches. The paper varies depth
-alone; width comes from the shared width transform (``transforms.py``), without a stage of its own, and is our addition.
+100 epochs at batch 512. Here the ancestor teaches, unless a teacher is given, and what the settings leave open of the
+auxiliary is the ancestor's. The paper varies depth alone; width comes from the shared width transform
+(``transforms.py``), without a stage of its own, and is our addition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -28,27 +29,32 @@ from learngene_hub._check import require_int
 from learngene_hub.data import Images
 from learngene_hub.errors import SettingsError
 from learngene_hub.learngene import Learngene
-from learngene_hub.methods import _auxiliary
-from learngene_hub.methods._distillation import Distillation, auxiliary_shape, make_lesson
+from learngene_hub.methods import _auxiliary, _lesson
+from learngene_hub.methods._distillation import ResizedDistillation
 from learngene_hub.methods._whole import assemble, require_same
 from learngene_hub.shape import Preprocessing, ViTShape
+from learngene_hub.teacher import Teacher
 from learngene_hub.training import StateDir, Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tleg(Distillation):
+class Tleg(ResizedDistillation):
     """The settings of TLEG: those of the distillation, and the auxiliary's depth."""
 
     name: ClassVar[str] = "tleg"
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.05614"
     note: ClassVar[str] = "Widths other than the auxiliary's are an addition of this project; the paper varies depth."
-    groups: ClassVar[frozenset[str]] = frozenset({"stem", "base", "slope", "tail"})
+    groups: ClassVar[frozenset[str]] = frozenset({"stem", "base", "slope", "tail", "head"})
 
     depth: int = 0  # blocks of the auxiliary; 0: the ancestor's
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_int("depth", self.depth, at_least=0, error=SettingsError)
+
+    def require_ancestor(self, ancestor: nn.Module) -> None:
+        """Refuse an ancestor that lacks what is to be its own (ShapeError)."""
+        _lesson.require_ancestor(self, ancestor, self.depth)
 
     def extract(
         self,
@@ -59,32 +65,43 @@ class Tleg(Distillation):
         preprocessing: Preprocessing,
         watch: Callable[[Iterator[Step]], Iterator[Step]] = iter,
         state_dir: StateDir | None = None,
+        teacher: Teacher | None = None,
     ) -> Learngene:
-        """The learngene of an auxiliary that learns from ``ancestor`` on all images of ``data``, of one size.
+        """The learngene of an auxiliary that learns from ``teacher`` (the ancestor) on all images of ``data``, of one
+        size.
 
-        The native shape is the auxiliary's, at the size of the images.
+        The native shape is the auxiliary's, at the size of the images. ``ancestor`` is any model with logits; a plain
+        ViT where the auxiliary's sizes or first weights are to be its own.
 
         Raises:
-            SettingsError: no data, or settings that the ancestor does not allow.
-            DataError: images of different sizes, of other channels than the ancestor's, or none.
-            ShapeError: the ancestor is no plain ViT.
+            SettingsError: no data, or settings that the data or the teacher do not allow.
+            DataError: images of different sizes, of other channels than the teacher's, or none.
+            ShapeError: no such auxiliary, or the ancestor is no plain ViT where something is to be its own.
         """
-        native = auxiliary_shape(self, ancestor, data, self.depth, self.name)
-        lesson = make_lesson(self, ancestor, data, native, preprocessing, state_dir)
+        lesson = _lesson.prepare(
+            self, ancestor, data, depth=self.depth, method=self.name, preprocessing=preprocessing, teacher=teacher
+        )
+        auxiliary = self.begin(lesson.native, ancestor, facts, preprocessing)
+        lesson.ask(state_dir)
+        log = _lesson.train(auxiliary, lesson, self.recipe(), watch, state_dir)
+        return auxiliary.learngene(_lesson.report(lesson, [log]), head=self.head == "inherit")
+
+    def begin(
+        self, native: ViTShape, ancestor: nn.Module | None, facts: Mapping[str, Any], preprocessing: Preprocessing
+    ) -> _auxiliary.Auxiliary:
+        """The auxiliary of shape ``native`` before training; the ancestor is asked where ``start`` says so."""
         outer, (base, slope) = _auxiliary.random_parts(native, 2, self.seed)
         slope = {key: tensor * 0.0 if tensor.dim() == 1 else tensor for key, tensor in slope.items()}
         if self.start == "ancestor":  # its middle block at every depth (our addition)
-            outer, (base,) = _auxiliary.ancestor_parts(ancestor, native, [0.5])
+            outer, (base,) = _auxiliary.ancestor_parts(ancestor, native, [0.5], self.seed)
             slope = {key: tensor * 0.0 for key, tensor in slope.items()}
         parts, head = _auxiliary.without_head(outer)
         tensors = parts | _auxiliary.prefixed("base", base) | _auxiliary.prefixed("slope", slope)
         blank = _auxiliary.blank(self.name, self, tensors, native, facts, preprocessing)
-        auxiliary = _auxiliary.Auxiliary(blank, self.expand, native, head)
-        log = _auxiliary.train(auxiliary, lesson, self.recipe(), watch, state_dir)
-        return replace(blank, tensors=auxiliary.found(), provenance=_auxiliary.report(lesson, [log]))
+        return _auxiliary.Auxiliary(blank, self.expand, native, head, drop_path=self.drop_path)
 
     def expand(self, learngene: Learngene, shape: ViTShape) -> dict[str, Tensor | None]:
-        """Every parameter of a ViT of ``shape``; None: the head.
+        """Every parameter of a ViT of ``shape``; None: the head, where it is not inherited.
 
         Raises:
             ShapeError: something other than depth, width, image size, input channels or classes differs.
@@ -97,7 +114,8 @@ class Tleg(Distillation):
         line = [[1.0, place / shape.depth] for place in range(shape.depth)]
         blocks = _auxiliary.compose(parts, torch.tensor(line, dtype=torch.float64))
         norm = resize.norm({kind: learngene.tensors[f"tail.norm.{kind}"] for kind in ("weight", "bias")})
-        return assemble(shape, resize.stem(learngene.group("stem")), blocks, norm)
+        state = assemble(shape, resize.stem(learngene.group("stem")), blocks, norm)
+        return state | _auxiliary.inherited_head(learngene, shape, resize, self.head)
 
     def check(self, shapes: Mapping[str, tuple[int, ...]], native: ViTShape) -> None:
         """Refuse tensors that no learngene of this native shape has.
