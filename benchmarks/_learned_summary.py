@@ -231,7 +231,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     shapes = list(next(iter(found["accuracy"].values())))
     figure, axes = pyplot.subplots(
-        2, math.ceil(len(shapes) / 2), figsize=(11, 6.6), sharex=True, sharey=True, squeeze=False
+        2, math.ceil(len(shapes) / 2), figsize=(11, 6.6), sharex=True, sharey="row", squeeze=False
     )
     for panel, shape in zip(axes.flat, shapes, strict=False):
         for arm, colour in COLOURS.items():
