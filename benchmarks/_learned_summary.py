@@ -177,7 +177,8 @@ def as_card(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "number": f"test accuracy after {TUNED} epochs",
         "recipe": f"{tuning['images']:,} images of {data} at 64 px, AdamW, constant rate {tuning['lr']:g} (random: "
-        f"{tuning['random_lr']:g}), batch {tuning['batch_size']}, random crops and flips, a fresh head",
+        f"{tuning['random_lr']:g}), batch {tuning['batch_size']}, random crops and flips, a fresh head; each "
+        "seed has an extraction of its own, the first of which is bundled",
         "meanings": {arm: MEANINGS[arm] for arm in arms},
         "base": BASE,
         "digests": {arm: found["digests"][arm] for arm in arms},

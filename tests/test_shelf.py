@@ -242,7 +242,7 @@ def test_list_is_fast_and_imports_nothing_heavy() -> None:
         began = _seconds()
         shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         seconds.append(_seconds() - began)
-        assert shown.stderr.strip() == "" and json.loads(shown.stdout)[0]["name"] == "lsamd-base"
+        assert shown.stderr.strip() == "" and "lsamd-base" in [row["name"] for row in json.loads(shown.stdout)]
     assert min(seconds) < 1
 
 
