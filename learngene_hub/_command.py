@@ -39,6 +39,9 @@ HeadsOption = Annotated[
     str | None,
     typer.Option("--heads", metavar="N[,N...]", help="Attention heads, or one number per block; native if left out."),
 ]
+MaxParamsOption = Annotated[
+    int | None, typer.Option("--max-params", help="At most so many parameters; of a pool, the best that has no more.")
+]
 GrowthOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="A growth setting, for this call; may be repeated."),

@@ -131,6 +131,9 @@ def extract(
         file = _stored(learngene, path)
     shutil.rmtree(state, ignore_errors=True)
     out.facts(_told(learngene, file, time.perf_counter() - began), key="path")
+    own = sum(parameter.numel() for parameter in chosen.model.parameters())
+    if learngene.params > own:
+        out.note(f"It is larger than its ancestor, which has {own:,} parameters; smaller settings store less")
     out.note(f"Next: learngene show {file} --depth {learngene.shape.depth}")
 
 

@@ -24,6 +24,7 @@ from learngene_hub._command import (
     HeadsOption,
     ImageSizeOption,
     LabelsOption,
+    MaxParamsOption,
     NameArgument,
     SeedOption,
     WidthOption,
@@ -81,6 +82,7 @@ def show(
     num_labels: LabelsOption = None,
     image_size: ImageSizeOption = None,
     in_chans: ChannelsOption = 3,
+    max_params: MaxParamsOption = None,
     settings: GrowthOption = None,
     dtype: DtypeOption = "float32",
 ) -> None:
@@ -102,6 +104,7 @@ def show(
         num_labels=num_labels,
         image_size=image_size,
         in_chans=in_chans,
+        max_params=max_params,
         settings=read_settings(None, settings or []),
     )
     facts = {
@@ -188,7 +191,7 @@ def expand(
     settings: GrowthOption = None,
     dtype: DtypeOption = "float32",
     seed: SeedOption = 0,
-    max_params: Annotated[int | None, typer.Option("--max-params", help="Refuse to grow more parameters.")] = None,
+    max_params: MaxParamsOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")] = False,
     yes: YesOption = False,
 ) -> None:

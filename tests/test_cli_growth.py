@@ -85,3 +85,8 @@ def test_settings_that_do_not_fit_are_one_line(run: Call, heads: str, tmp_path: 
     assert "KEY=VALUE" in run("expand", heads, tmp_path / "out", "--set", "even").refused()
     assert "heads" in run("expand", heads, tmp_path / "out", "--heads", "17").refused()
     assert not (tmp_path / "out").exists()
+
+
+def test_show_takes_a_budget(run: Call) -> None:
+    shown = run("show", "lsamd-base", "--depth", "4", "--max-params", "1000")
+    assert shown.code == 1 and "at most 1,000 are allowed" in shown.err

@@ -250,3 +250,14 @@ def test_resume_says_that_there_is_nothing_and_that_it_is_finished(here: Path, m
     assert len(other.stderr.splitlines()) == 1
     assert Path("gene/learngene.safetensors").read_bytes() == before
     assert "--yes" in run(*asked).stderr  # without --resume it is still never written over unasked
+
+
+def test_a_learngene_that_is_larger_than_its_ancestor_is_told(here: Path) -> None:
+    ancestor = build_pico(variant("token"))
+    saved(ancestor, "vit")
+    pairs = ["epochs=1", "batch_size=8", "crop_padding=2", "teacher_size=32", "labels=0"]
+    for phases, larger in (("[1]", False), ("[1,2,4,8]", True)):
+        done = run("extract", "ldr", "vit", *DATA, "--yes", *(f"--set={pair}" for pair in (*pairs, f"phases={phases}")))
+        assert done.exit_code == 0, done.stderr
+        count = sum(parameter.numel() for parameter in ancestor.parameters())
+        assert (f"larger than its ancestor, which has {count:,} parameters" in done.stderr) == larger

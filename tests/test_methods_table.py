@@ -209,3 +209,8 @@ def test_a_method_without_fields_tells_unknown_settings_too(monkeypatch: pytest.
     monkeypatch.setattr(methods, "METHODS", {"hollow": Hollow})
     with pytest.raises(SettingsError, match="settings of hollow"):
         methods.get_method("hollow", {"depth": 5})
+
+
+def test_an_unknown_setting_is_named_with_the_nearest() -> None:
+    with pytest.raises(SettingsError, match="^tleg has no setting 'epoch'; did you mean 'epochs'"):
+        methods.get_method("tleg", {"epoch": 3})

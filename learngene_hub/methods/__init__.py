@@ -127,12 +127,16 @@ def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
         near = difflib.get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ";"
         raise SettingsError(f"unknown method {name!r}{hint} known methods: {', '.join(sorted(METHODS))}")
+    known = [field.name for field in fields(METHODS[name])] if is_dataclass(METHODS[name]) else []
+    if known and (odd := sorted(map(str, (settings or {}).keys() - set(known)))):
+        near = difflib.get_close_matches(odd[0], known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise SettingsError(f"{name} has no setting {odd[0]!r:.60}; {hint}it has {', '.join(known)}")
     _require_kinds(METHODS[name], settings or {})
     try:
         return METHODS[name](**(settings or {}))
     except TypeError as error:
-        known = ", ".join(field.name for field in fields(METHODS[name])) if is_dataclass(METHODS[name]) else "none"
-        raise SettingsError(f"settings of {name}: {error}; it has {known}") from error
+        raise SettingsError(f"settings of {name}: {error}; it has {', '.join(known) or 'none'}") from error
 
 
 _KINDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
