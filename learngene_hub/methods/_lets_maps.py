@@ -253,14 +253,20 @@ def widen_layer(block: Mapping[str, Tensor], stream: Axis, attention: tuple[Axis
     return parts
 
 
-def mix_layers(pair: tuple[Parts, Parts], weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
-    """A block under timm's names: per module the pair weighted by one row of coefficients, ``weight`` and ``bias``
-    (8, 2)."""
-    weights, biases = full(weight).unbind(0), full(bias).unbind(0)
+def mix_layers(pair: tuple[Parts, Parts], weight: Tensor, bias: Tensor) -> list[dict[str, Tensor]]:
+    """Blocks under timm's names, one for each row of coefficients, ``weight`` and ``bias`` (R, 8, 2): per module the
+    pair weighted by the row. All rows of a module are one product, which is what makes training through it cheap."""
     mixed = {
-        name: (_mixed(pair, name, 0, weights[place]), _mixed(pair, name, 1, biases[place]))
+        name: tuple(_mixed(pair, name, kind, rows[:, place]) for kind, rows in enumerate((full(weight), full(bias))))
         for place, name in enumerate(MODULES)
     }
+    return [
+        _joined({name: (mixed[name][0][row], mixed[name][1][row]) for name in MODULES}) for row in range(len(weight))
+    ]
+
+
+def _joined(mixed: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """The modules of one block under timm's names."""
     joined = {
         "norm1": mixed["norm1"],
         "attn.qkv": tuple(torch.cat([mixed[name][kind] for name in "qkv"]) for kind in (0, 1)),
@@ -277,8 +283,10 @@ def mix_layers(pair: tuple[Parts, Parts], weight: Tensor, bias: Tensor) -> dict[
 
 
 def _mixed(pair: tuple[Parts, Parts], name: str, kind: int, coefficients: Tensor) -> Tensor:
-    first, second = coefficients.unbind()
-    return torch.addcmul(pair[0][name][kind] * first, pair[1][name][kind], second)
+    """(R, ...) of one module: coefficients (R, 2) times its two tensors."""
+    first, second = pair[0][name][kind], pair[1][name][kind]
+    both = torch.stack([first.flatten(), second.flatten()])
+    return (coefficients @ both).view(-1, *first.shape)
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -197,9 +197,11 @@ class Lets(Distillation):
         places = self.layers(native, small, shape.depth)
         pairs = {group: growth.pair(learngene, group) for group in sorted({group for group, _ in places})}
         weight, bias = learngene.tensors["depth.weight"], learngene.tensors["depth.bias"]
-        blocks = {
-            (group, row): mix_layers(pairs[group], weight[row], bias[row]) for group, row in dict.fromkeys(places)
-        }
+        blocks: dict[tuple[int, int], dict[str, Tensor]] = {}
+        for group, pair in pairs.items():
+            rows = [row for row in dict.fromkeys(row for at, row in places if at == group)]
+            mixed = mix_layers(pair, weight[rows], bias[rows])
+            blocks |= {(group, row): block for row, block in zip(rows, mixed, strict=True)}
         stem, stream = learngene.group("stem"), growth.stream
         grown = {name: stream.make(stem[name]) for name in ("patch_embed.proj.weight", "patch_embed.proj.bias")}
         grown["pos_embed"] = growth.positions(stem["pos_embed"])
