@@ -125,12 +125,23 @@ def _learned(found: dict[str, Any]) -> str:
         table(["start, epochs", *shapes, "mean"], rows),
         comparison(results),
         f"After 1 epoch ahead of scratch after {last}: {', '.join(ahead)} of {len(shapes)} shapes.",
+        f"Scratch reaches what an arm has after {TUNED} epochs, within {last}, in: {_reached(found, arms[:-1])}.",
         "What it costs: training FLOPs in 10^15 (three times the forward's) of one extraction, the ancestor's own "
         "training left out, and of finetuning one ViT of each of the shapes:",
         table(["start", "stored MB (fp16)", "images seen in extraction", "extraction", "finetuning"], costs),
         "![Accuracy over epochs](benchmarks/results/learned.png)",
     ]
     return "\n\n".join(parts)
+
+
+def _reached(found: dict[str, Any], arms: list[str]) -> str:
+    """Arm by arm, the shapes in which scratch catches up, and at which epoch."""
+    told = []
+    for arm in arms:
+        epochs = {shape: by[str(TUNED)] for shape, by in found["caught_up"][arm].items()}
+        there = ", ".join(f"{shape} (epoch {epoch})" for shape, epoch in epochs.items() if epoch is not None)
+        told.append(f"{arm}: {there or 'none'}")
+    return "; ".join(told)
 
 
 def _mean(values: list[Any]) -> str:
