@@ -316,7 +316,7 @@ def test_pull_refuses_what_load_refuses(watched: Watched) -> None:
         ("the place sparse of 1099511627776", "ArtefactError", "its header would have 0 bytes"),
         ("itself", "StoreError", "is not a file"),
         ("settings: epochs True", "ArtefactError", "epochs True asked"),
-        ("settings: self 1", "ArtefactError", "multiple values for argument 'self'"),
+        ("settings: self 1", "ArtefactError", "has no setting 'self'"),
         ("method: ls\u0430md", "ArtefactError", "did you mean 'lsamd'?"),
         ("metadata text: 34 deep", "ArtefactError", "metadata nested more than 32 deep"),
         ("metadata text: half a surrogate pair", "ArtefactError", "surrogates not allowed"),
