@@ -126,14 +126,25 @@ class Axis:
         made = self.rows @ w_O.reshape(len(w_O), -1)
         return torch.cat([w_O, made.reshape(-1, *w_O.shape[1:])])
 
-    def read(self, w_OI: Tensor) -> Tensor:
-        """w E(F)^T, (o, n) -> (o, n + e)."""
-        w_OI = full(w_OI)
+    def make_each(self, w_RO: Tensor) -> Tensor:
+        """E(F) w of each of R tensors, (R, n) -> (R, n + e) or (R, n, i) -> (R, n + e, i)."""
+        w_RO = full(w_RO)
         if self.rows is None:
-            return w_OI
+            return w_RO
+        made = w_RO @ self.rows.T if w_RO.ndim == 2 else torch.bmm(self.rows.expand(len(w_RO), -1, -1), w_RO)
+        return torch.cat([w_RO, made], dim=1)
+
+    def read(self, w_I: Tensor) -> Tensor:
+        """w E(F)^T, (..., n) -> (..., n + e)."""
+        w_I = full(w_I)
+        if self.rows is None:
+            return w_I
         if self.share is not None:
-            w_OI = w_OI * self.share.to(w_OI)
-        return torch.cat([w_OI, w_OI @ self.rows.T], dim=1)
+            w_I = w_I * self.share.to(w_I)
+        made = (
+            w_I.flatten(0, -2) @ self.rows.T
+        )  # one product: a batched one rounds otherwise with gradients than without
+        return torch.cat([w_I, made.view(*w_I.shape[:-1], -1)], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -198,13 +209,36 @@ class Growth:
         index = torch.cat([torch.arange(self.small.width), self.small.width + self.stream_rows])
         return pos_embed.index_select(-1, index.to(pos_embed.device))
 
-    def pair(self, learngene: Learngene, group: int) -> tuple[Parts, Parts]:
-        """The two learngene layers of one group, widened."""
+    def blocks(self, learngene: Learngene, group: int, rows: Sequence[int]) -> list[dict[str, Tensor]]:
+        """Blocks under timm's names, one for each of these rows of coefficients of the group.
+
+        Widening and mixing commute along the stream, whose map all layers share. So the pair is mixed while it is
+        narrow there, and all rows are widened in one product: what makes training through it cheap.
+        """
+        weight, bias = (learngene.tensors[f"depth.{kind}"][list(rows)] for kind in ("weight", "bias"))
+        mixed = mix_layers(self._pair(learngene, group), weight, bias)
+        whole = {
+            "norm1.weight": self.stream.make_each(mixed["norm1"][0]),
+            "norm1.bias": self.stream.make_each(mixed["norm1"][1]),
+            "attn.qkv.weight": self.stream.read(torch.cat([mixed[name][0] for name in "qkv"], dim=1)),
+            "attn.qkv.bias": torch.cat([mixed[name][1] for name in "qkv"], dim=1),
+            "attn.proj.weight": self.stream.make_each(mixed["proj"][0]),
+            "attn.proj.bias": self.stream.make_each(mixed["proj"][1]),
+            "norm2.weight": self.stream.make_each(mixed["norm2"][0]),
+            "norm2.bias": self.stream.make_each(mixed["norm2"][1]),
+            "mlp.fc1.weight": self.stream.read(mixed["fc1"][0]),
+            "mlp.fc1.bias": mixed["fc1"][1],
+            "mlp.fc2.weight": self.stream.make_each(mixed["fc2"][0]),
+            "mlp.fc2.bias": self.stream.make_each(mixed["fc2"][1]),
+        }
+        return [dict(zip(whole, tensors, strict=True)) for tensors in zip(*whole.values(), strict=True)]
+
+    def _pair(self, learngene: Learngene, group: int) -> tuple[Parts, Parts]:
+        """The two learngene layers of one group, their heads and hidden units widened."""
         heads, hidden = self.head_rows(group), self.hidden_rows(group)
         first, second = (
             widen_layer(
                 learngene.group(f"block.{layer}"),
-                self.stream,
                 (self._axis(f"q.{layer}", heads), self._axis(f"k.{layer}", heads), self._axis(f"v.{layer}", heads)),
                 self._axis(f"hidden.{layer}", hidden),
             )
@@ -236,55 +270,29 @@ def choose(method: Lets, axis: str, total: int, count: int, score: Callable[[], 
     return torch.sort(order[:count]).values
 
 
-def widen_layer(block: Mapping[str, Tensor], stream: Axis, attention: tuple[Axis, Axis, Axis], hidden: Axis) -> Parts:
-    """One learngene layer at another width, q, k and v apart."""
-    parts = {
-        name: (stream.make(block[f"{name}.weight"]), stream.make(block[f"{name}.bias"])) for name in ("norm1", "norm2")
-    }
+def widen_layer(block: Mapping[str, Tensor], attention: tuple[Axis, Axis, Axis], hidden: Axis) -> Parts:
+    """One learngene layer with more heads and hidden units, q, k and v apart; its stream is as it was."""
+    parts = {name: (block[f"{name}.weight"], block[f"{name}.bias"]) for name in ("norm1", "norm2")}
     qkv = zip("qkv", attention, block["attn.qkv.weight"].chunk(3), block["attn.qkv.bias"].chunk(3), strict=True)
-    for name, axis, weight, bias in qkv:
-        parts[name] = (axis.make(stream.read(weight)), axis.make(bias))
-    for name, source, made, read in (
-        ("proj", "attn.proj", stream, attention[2]),
-        ("fc1", "mlp.fc1", hidden, stream),
-        ("fc2", "mlp.fc2", stream, hidden),
-    ):
-        parts[name] = (made.make(read.read(block[f"{source}.weight"])), made.make(block[f"{source}.bias"]))
+    parts |= {name: (axis.make(weight), axis.make(bias)) for name, axis, weight, bias in qkv}
+    parts["proj"] = (attention[2].read(block["attn.proj.weight"]), block["attn.proj.bias"])
+    parts["fc1"] = (hidden.make(block["mlp.fc1.weight"]), hidden.make(block["mlp.fc1.bias"]))
+    parts["fc2"] = (hidden.read(block["mlp.fc2.weight"]), block["mlp.fc2.bias"])
     return parts
 
 
-def mix_layers(pair: tuple[Parts, Parts], weight: Tensor, bias: Tensor) -> list[dict[str, Tensor]]:
-    """Blocks under timm's names, one for each row of coefficients, ``weight`` and ``bias`` (R, 8, 2): per module the
-    pair weighted by the row. All rows of a module are one product, which is what makes training through it cheap."""
-    mixed = {
-        name: tuple(_mixed(pair, name, kind, rows[:, place]) for kind, rows in enumerate((full(weight), full(bias))))
-        for place, name in enumerate(MODULES)
-    }
-    return [
-        _joined({name: (mixed[name][0][row], mixed[name][1][row]) for name in MODULES}) for row in range(len(weight))
-    ]
-
-
-def _joined(mixed: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """The modules of one block under timm's names."""
-    joined = {
-        "norm1": mixed["norm1"],
-        "attn.qkv": tuple(torch.cat([mixed[name][kind] for name in "qkv"]) for kind in (0, 1)),
-        "attn.proj": mixed["proj"],
-        "norm2": mixed["norm2"],
-        "mlp.fc1": mixed["fc1"],
-        "mlp.fc2": mixed["fc2"],
-    }
+def mix_layers(pair: tuple[Parts, Parts], weight: Tensor, bias: Tensor) -> Parts:
+    """Module -> its weights and biases, (R, ...) each: the pair weighted by R rows of coefficients, ``weight`` and
+    ``bias`` (R, 8, 2)."""
     return {
-        f"{name}.{kind}": tensors[place]
-        for name, tensors in joined.items()
-        for place, kind in enumerate(("weight", "bias"))
+        name: (_mixed(pair, name, 0, full(weight)[:, place]), _mixed(pair, name, 1, full(bias)[:, place]))
+        for place, name in enumerate(MODULES)
     }
 
 
 def _mixed(pair: tuple[Parts, Parts], name: str, kind: int, coefficients: Tensor) -> Tensor:
     """(R, ...) of one module: coefficients (R, 2) times its two tensors."""
-    first, second = pair[0][name][kind], pair[1][name][kind]
+    first, second = (full(parts[name][kind]) for parts in pair)
     both = torch.stack([first.flatten(), second.flatten()])
     return (coefficients @ both).view(-1, *first.shape)
 

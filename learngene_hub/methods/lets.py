@@ -44,7 +44,7 @@ from learngene_hub.errors import ArtefactError, SettingsError, ShapeError
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods import _lesson
 from learngene_hub.methods._distillation import Distillation
-from learngene_hub.methods._lets_maps import Groups, Growth, mix_layers, narrow, tensor_shapes
+from learngene_hub.methods._lets_maps import Groups, Growth, narrow, tensor_shapes
 from learngene_hub.methods._whole import assemble, require_choice, require_same
 from learngene_hub.shape import Preprocessing, Reach, ViTShape
 from learngene_hub.teacher import Teacher
@@ -195,13 +195,11 @@ class Lets(Distillation):
         _reach(native, small).check(shape)
         growth = Growth(self, learngene.group("map"), native, small, shape)
         places = self.layers(native, small, shape.depth)
-        pairs = {group: growth.pair(learngene, group) for group in sorted({group for group, _ in places})}
-        weight, bias = learngene.tensors["depth.weight"], learngene.tensors["depth.bias"]
         blocks: dict[tuple[int, int], dict[str, Tensor]] = {}
-        for group, pair in pairs.items():
+        for group in sorted({group for group, _ in places}):
             rows = [row for row in dict.fromkeys(row for at, row in places if at == group)]
-            mixed = mix_layers(pair, weight[rows], bias[rows])
-            blocks |= {(group, row): block for row, block in zip(rows, mixed, strict=True)}
+            grown = growth.blocks(learngene, group, rows)
+            blocks |= {(group, row): block for row, block in zip(rows, grown, strict=True)}
         stem, stream = learngene.group("stem"), growth.stream
         grown = {name: stream.make(stem[name]) for name in ("patch_embed.proj.weight", "patch_embed.proj.bias")}
         grown["pos_embed"] = growth.positions(stem["pos_embed"])
