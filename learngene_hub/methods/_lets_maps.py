@@ -126,14 +126,6 @@ class Axis:
         made = self.rows @ w_O.reshape(len(w_O), -1)
         return torch.cat([w_O, made.reshape(-1, *w_O.shape[1:])])
 
-    def make_each(self, w_RO: Tensor) -> Tensor:
-        """E(F) w of each of R tensors, (R, n) -> (R, n + e) or (R, n, i) -> (R, n + e, i)."""
-        w_RO = full(w_RO)
-        if self.rows is None:
-            return w_RO
-        made = w_RO @ self.rows.T if w_RO.ndim == 2 else torch.bmm(self.rows.expand(len(w_RO), -1, -1), w_RO)
-        return torch.cat([w_RO, made], dim=1)
-
     def read(self, w_I: Tensor) -> Tensor:
         """w E(F)^T, (..., n) -> (..., n + e)."""
         w_I = full(w_I)
@@ -141,10 +133,7 @@ class Axis:
             return w_I
         if self.share is not None:
             w_I = w_I * self.share.to(w_I)
-        made = (
-            w_I.flatten(0, -2) @ self.rows.T
-        )  # one product: a batched one rounds otherwise with gradients than without
-        return torch.cat([w_I, made.view(*w_I.shape[:-1], -1)], dim=-1)
+        return torch.cat([w_I, w_I @ self.rows.T], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -213,25 +202,30 @@ class Growth:
         """Blocks under timm's names, one for each of these rows of coefficients of the group.
 
         Widening and mixing commute along the stream, whose map all layers share. So the pair is mixed while it is
-        narrow there, and all rows are widened in one product: what makes training through it cheap.
+        narrow there; the rows part before they are widened, so that the way back stacks narrow gradients too.
         """
         weight, bias = (learngene.tensors[f"depth.{kind}"][list(rows)] for kind in ("weight", "bias"))
         mixed = mix_layers(self._pair(learngene, group), weight, bias)
-        whole = {
-            "norm1.weight": self.stream.make_each(mixed["norm1"][0]),
-            "norm1.bias": self.stream.make_each(mixed["norm1"][1]),
-            "attn.qkv.weight": self.stream.read(torch.cat([mixed[name][0] for name in "qkv"], dim=1)),
-            "attn.qkv.bias": torch.cat([mixed[name][1] for name in "qkv"], dim=1),
-            "attn.proj.weight": self.stream.make_each(mixed["proj"][0]),
-            "attn.proj.bias": self.stream.make_each(mixed["proj"][1]),
-            "norm2.weight": self.stream.make_each(mixed["norm2"][0]),
-            "norm2.bias": self.stream.make_each(mixed["norm2"][1]),
-            "mlp.fc1.weight": self.stream.read(mixed["fc1"][0]),
-            "mlp.fc1.bias": mixed["fc1"][1],
-            "mlp.fc2.weight": self.stream.make_each(mixed["fc2"][0]),
-            "mlp.fc2.bias": self.stream.make_each(mixed["fc2"][1]),
+        parted = {name: tuple(zip(*parts, strict=True)) for name, parts in mixed.items()}
+        return [self._block({name: each[row] for name, each in parted.items()}) for row in range(len(rows))]
+
+    def _block(self, parts: Parts) -> dict[str, Tensor]:
+        """A block under timm's names, its stream widened."""
+        make, read = self.stream.make, self.stream.read
+        return {
+            "norm1.weight": make(parts["norm1"][0]),
+            "norm1.bias": make(parts["norm1"][1]),
+            "attn.qkv.weight": read(torch.cat([parts[name][0] for name in "qkv"])),
+            "attn.qkv.bias": torch.cat([parts[name][1] for name in "qkv"]),
+            "attn.proj.weight": make(parts["proj"][0]),
+            "attn.proj.bias": make(parts["proj"][1]),
+            "norm2.weight": make(parts["norm2"][0]),
+            "norm2.bias": make(parts["norm2"][1]),
+            "mlp.fc1.weight": read(parts["fc1"][0]),
+            "mlp.fc1.bias": parts["fc1"][1],
+            "mlp.fc2.weight": make(parts["fc2"][0]),
+            "mlp.fc2.bias": make(parts["fc2"][1]),
         }
-        return [dict(zip(whole, tensors, strict=True)) for tensors in zip(*whole.values(), strict=True)]
 
     def _pair(self, learngene: Learngene, group: int) -> tuple[Parts, Parts]:
         """The two learngene layers of one group, their heads and hidden units widened."""
