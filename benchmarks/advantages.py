@@ -1,6 +1,7 @@
 """The four advantages that Auto-Learngene claims for its descendants, measured on real images by one command.
 
     python benchmarks/advantages.py --data DIR --ancestor deit_tiny.safetensors
+    python benchmarks/advantages.py --data DIR --ancestor deit_tiny.safetensors --measures curve,shots --seeds 3,4,5
     python benchmarks/advantages.py --summarise
 
 DIR holds SET/train.parquet and test.parquet (--set, cifar100); the ancestor is a safetensors file of timm's
@@ -11,12 +12,14 @@ deit_tiny_patch16_224. Measured are
     3  the accuracy after a fixed number of updates
     4  the accuracy after as many updates on 1, 5, 10 and 20 images per class
 
-of ViTs that differ in nothing but what they start from:
+and, before any training, how far the classes are apart in the class token and in the patch tokens (``probe``); of ViTs
+that differ in nothing but what they start from:
 
     auto      the blocks that the search found                  (``learngene_hub/methods/auto.py``)
     random    as many of the ancestor's blocks, drawn by the seed, in its order: the control for the search
     first     its first blocks
     last      its last blocks
+    published the list that the authors' code has for a ViT of twelve blocks: the first two and the last four
     scratch   nothing
     ancestor  the whole ancestor, twice the depth
 
@@ -43,14 +46,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _advantages_summary import ARMS, EPOCHS, Job, Row, as_text, summarise
+from _advantages_summary import ARMS, EPOCHS, MEASURES, Job, Row, as_text, draw, summarise
 from _arms import file_digest, machine, open_ancestor
 from _runs import read_rows, run
-from torch import nn
+from torch import Tensor, nn
 
-from learngene_hub.data import Augment, Images, load_images, seed_of
+from learngene_hub.data import Augment, Images, load_images, normalise, seed_of
 from learngene_hub.factory import evaluate, expand, extract
 from learngene_hub.learngene import Learngene
+from learngene_hub.methods.auto import PUBLISHED
 from learngene_hub.shape import IMAGENET, ViTShape
 from learngene_hub.training import Recipe, Step, image_batches
 
@@ -59,11 +63,11 @@ RESULTS = ROOT / "benchmarks" / "results"
 SIZE = 64  # pixels
 WAYS, SHOTS = 5, (1, 5, 10, 20)
 BATCH = 20
-BASE = (1e-2, 5e-4)  # learning rate and weight decay outside of the grid
+BASE = (3e-3, 5e-4)  # learning rate and weight decay outside of the grid; the rate was chosen on task 100
 RATES, DECAYS = (1e-4, 1e-3, 1e-2, 1e-1), (0.0, 1e-4, 5e-4, 1e-3)
 PER_EPOCH = WAYS * max(SHOTS) // BATCH  # updates
 GRID_EPOCHS = 6
-TARGET = 60.0  # test accuracy, per cent, of WAYS classes
+TARGET = 55.0  # test accuracy, per cent, of WAYS classes
 SEARCH = {  # few updates, so phi is faster than published (1e-4) and P is a little slower (0.1)
     "epochs": 10,
     "batch_size": 32,
@@ -146,6 +150,13 @@ def search(sources: Sources, settings: dict[str, Any], per_class: int, watch: Ca
 
 def blocks_of(arm: str, count: int, depth: int, seed: int) -> list[int]:
     """Which ``count`` of an ancestor's ``depth`` blocks an arm without a search inherits."""
+    if arm == "published":
+        family, there, blocks = PUBLISHED["dino-vits16"]
+        if (there, len(blocks)) != (depth, count):
+            raise SystemExit(
+                f"arm published keeps {len(blocks)} of {there} blocks of a {family}, not {count} of {depth}"
+            )
+        return list(blocks)
     if arm == "random":
         generator = torch.Generator().manual_seed(seed_of("blocks", seed))
         return sorted(torch.randperm(depth, generator=generator)[:count].tolist())
@@ -200,11 +211,14 @@ def measure(job: Job, sources: Sources) -> Row:
     found = Learngene.load(sources.learngene)
     depth = None if job.arm == "ancestor" else found.reach.depths[0]
     model = start(learngene, depth, found.shape, job.seed)
-    accuracies = [
-        evaluate(model, test).accuracy
-        for epoch in train(model, images, job)
-        if job.measure == "curve" or epoch == job.epochs
-    ]
+    if job.measure == "probe":
+        accuracies = probe(model, images, test)
+    else:
+        accuracies = [
+            evaluate(model, test).accuracy
+            for epoch in train(model, images, job)
+            if job.measure == "curve" or epoch == job.epochs
+        ]
     return Row(
         **asdict(job),
         accuracies=" ".join(f"{accuracy:.2f}" for accuracy in accuracies),
@@ -221,12 +235,35 @@ def digest_of(arm: str, sources: Sources) -> str:
     return found.digest[:12] if arm == "auto" else f"{file_digest(sources.ancestor)[:12]}-{found.reach.depths[0]}"
 
 
-def jobs(arms: Sequence[str], seeds: Iterable[int]) -> list[Job]:
-    """Every run, seed by seed, the grid last."""
+@torch.no_grad()
+def probe(model: nn.Module, train: Images, test: Images) -> list[float]:
+    """How far classes are apart before any training: ``nearest_mean`` of the class token, and of the mean patch token.
+
+    Both are taken after the last norm.
+    """
+    model.eval()
+    sides = [model.forward_features(normalise(each.pixels, IMAGENET)) for each in (train, test)]  # type: ignore[operator]
+    return [
+        nearest_mean(take(sides[0]), train.labels, take(sides[1]), test.labels)
+        for take in (lambda tokens: tokens[:, 0], lambda tokens: tokens[:, 1:].mean(1))  # (B, D)
+    ]
+
+
+def nearest_mean(train: Tensor, labels: Tensor, test: Tensor, wanted: Tensor) -> float:
+    """Accuracy, per cent, of the nearest class mean by the cosine; features (B, D), centred on the training mean."""
+    centre = train.mean(0)
+    means = torch.stack([(train - centre)[labels == label].mean(0) for label in range(int(labels.max()) + 1)])
+    nearest = torch.cosine_similarity((test - centre)[:, None], means[None], dim=-1).argmax(1)
+    return 100.0 * float((nearest == wanted).float().mean())
+
+
+def jobs(arms: Sequence[str], seeds: Iterable[int], measures: Sequence[str] = MEASURES) -> list[Job]:
+    """Every run of these measures, seed by seed, the grid last."""
     found = []
     for seed in seeds:
         base = {"lr": BASE[0], "decay": BASE[1], "seed": seed}
         most = max(SHOTS)
+        found += [Job(measure="probe", arm=arm, shots=most, epochs=0, **base) for arm in arms]
         found += [Job(measure="curve", arm=arm, shots=most, epochs=EPOCHS, **base) for arm in arms]
         fewer = [shots for shots in SHOTS if shots != most]
         found += [Job(measure="shots", arm=arm, shots=n, epochs=EPOCHS, **base) for n in fewer for arm in arms]
@@ -234,7 +271,7 @@ def jobs(arms: Sequence[str], seeds: Iterable[int]) -> list[Job]:
             for decay in DECAYS:
                 cell = {"lr": lr, "decay": decay, "seed": seed, "shots": most, "epochs": GRID_EPOCHS}
                 found += [Job(measure="grid", arm=arm, **cell) for arm in arms]
-    return found
+    return [job for job in found if job.measure in measures]
 
 
 def _told(job: Job, row: Row) -> str:
@@ -266,6 +303,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ancestor", help="safetensors file of timm's deit_tiny_patch16_224")
     parser.add_argument("--arms", default=",".join(ARMS), help=f"default: {','.join(ARMS)}")
     parser.add_argument("--seeds", default="0,1,2", help="tasks; default: 0,1,2")
+    parser.add_argument("--measures", default=",".join(MEASURES), help=f"default: {','.join(MEASURES)}")
     parser.add_argument("--limit", type=int, default=20_000, help="images read of the train split; default: 20000")
     parser.add_argument("--search-images", type=int, default=40, help="per class of the search; default: 40")
     parser.add_argument("--search-epochs", type=int, default=SEARCH["epochs"], help="default: %(default)s")
@@ -287,9 +325,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SystemExit("--data and --ancestor are needed: the images, and the weights to inherit")
         if unknown := set(args.arms.split(",")) - set(ARMS):
             raise SystemExit(f"no arm {', '.join(sorted(unknown))}; there are {', '.join(ARMS)}")
+        measures = args.measures.split(",")
+        if unknown := set(measures) - set(MEASURES):
+            raise SystemExit(f"no measure {', '.join(sorted(unknown))}; there are {', '.join(MEASURES)}")
         sources = Sources(data=args.data, set=args.set, ancestor=args.ancestor, work=args.work, limit=args.limit)
         search(sources, SEARCH | {"epochs": args.search_epochs}, args.search_images, _show)
-        wanted = jobs(args.arms.split(","), [int(seed) for seed in args.seeds.split(",")])
+        wanted = jobs(args.arms.split(","), [int(seed) for seed in args.seeds.split(",")], measures)
         digests = {arm: digest_of(arm, sources) for arm in args.arms.split(",")}
         done = {row.job for row in read_rows(args.out, Row) if row.digest == digests.get(row.arm)}
         todo = [job for job in wanted if job not in done]
@@ -300,6 +341,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit("no rows to summarise; run the comparison first")
     summary = summarise(rows, args.target)
     args.out.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
+    draw(summary, args.out.with_suffix(".png"))
     print(as_text(summary))
     return 1 if failed else 0
 

@@ -53,16 +53,18 @@ def draw(learngene: Learngene, path: Path) -> None:
         lines.plot([row[place] for row in rho], color=colour, lw=thick, label=unit if unit in kept else None)
     lines.set_xlabel(f"{found['row']}s, one after the other")
     lines.set_ylabel(f"rho: share of |gradient| > {found['sigma']:.2g}")
-    lines.legend(frameon=False, title="kept")
+    lines.set_title("a line per layer, from the first (dark) to the last (bright)", loc="left", fontsize=10)
+    lines.spines[["top", "right"]].set_visible(False)
+    lines.legend(frameon=False, title="kept", alignment="left")
     image = chart.imshow(
         [list(column) for column in zip(*rho, strict=True)], aspect="auto", origin="lower", cmap="viridis"
     )
     chart.set_yticks(
         range(len(units)), [f"{unit}  {score:.2f}" for unit, score in zip(units, found["score"], strict=True)]
     )
-    chart.set_xlabel(f"{found['row']}s")
-    chart.set_title("rho, and the score of each layer", loc="left", fontsize=10)
-    figure.colorbar(image, ax=chart)
+    chart.set_xlabel(f"{found['row']}s, one after the other")
+    chart.set_title("rho, and how far it has come down (score)", loc="left", fontsize=10)
+    figure.colorbar(image, ax=chart, label="rho")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

@@ -13,7 +13,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
 
 import advantages  # noqa: E402
-from _advantages_summary import Job, Row, as_text, epochs_to, summarise  # noqa: E402
+from _advantages_summary import Job, Row, as_text, draw, epochs_to, summarise  # noqa: E402
 
 from learngene_hub.data import Images  # noqa: E402
 
@@ -49,15 +49,47 @@ def test_the_four_measures_by_hand() -> None:
     assert auto["curve"] == [55.0, 60.5, 75.0] and scratch["grid_spread"] == []
     table = [[cell.strip() for cell in line.split("|")] for line in as_text(summary).splitlines()]
     assert table[1] == ["auto", "1.5", "35.0 +- 21.2", "42.5 +- 3.5", "60.0 +- 14.1", "75.0 +- 7.1", "30.0",
-                        "75.0 +- 7.1", "10"]  # fmt: skip
+                        "75.0 +- 7.1", "-", "-", "10"]  # fmt: skip
     assert table[2][:3] == ["scratch", "3.0 (1 of 2)", "-"]
     assert epochs_to([59.9, 60.0], 60.0) == 2 and epochs_to([10.0], 60.0) is None
 
 
+def test_differences_are_paired_over_tasks() -> None:
+    """auto less scratch: 70 - 59 and 80 - 60; 2 epochs against never, which counts as 4, and 1 against 3."""
+    found = summarise(ROWS, 60.0)["minus"]["auto - scratch"]
+    assert found["fixed_budget"] == {"mean": 15.5, "se": 4.5, "n": 2}
+    assert found["epochs_to_target"] == {"mean": -2.0, "se": 0.0, "n": 2}
+    assert set(found) == {"fixed_budget", "epochs_to_target"}  # scratch has no grid, and no run of one image
+    assert "auto - scratch: epochs_to_target -2.0 +- 0.0 (2), fixed_budget +15.5 +- 4.5 (2)" in as_text(
+        summarise(ROWS, 60.0)
+    )
+
+
+def test_a_probe_sees_classes_in_the_tokens_that_carry_them() -> None:
+    """A stand-in ViT whose patch tokens are the colour of the image, and whose class token is noise."""
+    shades = torch.tensor([[250, 0, 0], [0, 250, 0]], dtype=torch.uint8)
+    labels = torch.arange(20) % 2
+    images = Images(shades[labels].view(20, 3, 1, 1).expand(20, 3, 2, 2), labels, ("red", "green"), "set")
+
+    class Tokens(nn.Module):
+        def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+            noise = torch.randn(len(x), 1, 3, generator=torch.Generator().manual_seed(len(x)))
+            return torch.cat([noise, x.flatten(2).transpose(1, 2)], 1)
+
+    class_token, patches = advantages.probe(Tokens(), images, images)
+    assert patches == 100.0 and class_token < 90.0
+
+
+def test_the_plot_is_written(tmp_path: Path) -> None:
+    draw(summarise(ROWS, 60.0), tmp_path / "four.png")
+    assert (tmp_path / "four.png").stat().st_size > 10_000
+
+
 def test_every_arm_meets_every_cell_and_a_finished_one_is_not_made_again() -> None:
     wanted = advantages.jobs(advantages.ARMS, [0, 1])
-    assert len(wanted) == len(set(wanted)) == 2 * 6 * (1 + 3 + 16)
-    assert {job.seed for job in wanted[:120]} == {0}  # seed by seed
+    assert len(wanted) == len(set(wanted)) == 2 * 7 * (1 + 1 + 3 + 16)
+    assert {job.seed for job in wanted[:147]} == {0}  # seed by seed
+    assert advantages.jobs(advantages.ARMS, [0, 1], ["grid"]) == [job for job in wanted if job.measure == "grid"]
     grid = {(job.lr, job.decay) for job in wanted if job.measure == "grid"}
     assert grid == {(lr, wd) for lr in (1e-4, 1e-3, 1e-2, 1e-1) for wd in (0.0, 1e-4, 5e-4, 1e-3)}
     assert {job.shots for job in wanted if job.measure != "grid"} == {1, 5, 10, 20}
@@ -89,6 +121,9 @@ def test_fewer_images_are_a_part_of_more_and_labels_follow_the_classes() -> None
 def test_blocks_of_the_arms_without_a_search() -> None:
     assert advantages.blocks_of("first", 6, 12, 0) == [0, 1, 2, 3, 4, 5]
     assert advantages.blocks_of("last", 6, 12, 0) == [6, 7, 8, 9, 10, 11]
+    assert advantages.blocks_of("published", 6, 12, 0) == [0, 1, 8, 9, 10, 11]  # as the authors' code has it
+    with pytest.raises(SystemExit, match="keeps 6 of 12 blocks of a vit, not 3 of 6"):
+        advantages.blocks_of("published", 3, 6, 0)
     drawn = [advantages.blocks_of("random", 6, 12, seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] == sorted(set(drawn[0])) and len(drawn[0]) == 6 and drawn[0] != drawn[2]
 
