@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from learngene_hub.hub import list_learngenes as list_learngenes
     from learngene_hub.learngene import Learngene as Learngene
     from learngene_hub.methods import METHODS as METHODS
+    from learngene_hub.pool import Pool as Pool
+    from learngene_hub.pool import Selection as Selection
     from learngene_hub.shape import Preprocessing as Preprocessing
     from learngene_hub.shape import Reach as Reach
     from learngene_hub.shape import ViTShape as ViTShape
@@ -56,10 +58,12 @@ _HOME = {  # public name -> the module that defines it
     "Learngene": "learngene",
     "LearngeneError": "errors",
     "METHODS": "methods",
+    "Pool": "pool",
     "Preprocessing": "shape",
     "Reach": "shape",
     "Recipe": "training",
     "RegistryError": "errors",
+    "Selection": "pool",
     "SettingsError": "errors",
     "ShapeError": "errors",
     "Step": "training",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from learngene_hub.errors import SettingsError, ShapeError
 
@@ -50,7 +50,7 @@ def require_int(name: str, value: object, *, at_least: int, error: type[Exceptio
         raise error(f"{name} {value} asked; {at_least} is the least that works")
 
 
-def require_keys(values: object, *, known: list[str], needed: list[str], error: type[Exception]) -> None:
+def require_keys(values: object, *, known: Sequence[str], needed: Sequence[str], error: type[Exception]) -> None:
     if not isinstance(values, Mapping):
         raise error(f"{type(values).__name__} given; a mapping with {', '.join(needed)} is needed")
     unknown, missing = sorted(map(str, set(values) - set(known))), sorted(set(needed) - set(values))

@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -44,7 +45,7 @@ MaxParamsOption = Annotated[
 ]
 GrowthOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A growth setting, for this call; may be repeated."),
+    typer.Option("--set", metavar="KEY=VALUE", help="A growth setting (`learngene methods METHOD`); repeat it."),
 ]
 LabelsOption = Annotated[
     int | None, typer.Option("--num-labels", help="Classes; the ancestor's number where left out.")
@@ -119,7 +120,9 @@ def call(run: Callable[[], None], out: Output, command: str, name: str = "NAME")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        run()
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: out.note(f"warning: {message}")
+            run()
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
         raise
     except KeyboardInterrupt:

@@ -18,12 +18,13 @@ VGGs of other sizes than timm's own are built by ``learngene_vgg`` (``architectu
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from learngene_hub._check import require_int, require_keys
-from learngene_hub.errors import BudgetError, ShapeError
+from learngene_hub import _building
+from learngene_hub._check import require_int
+from learngene_hub.errors import ShapeError
 from learngene_hub.shape import IMAGENET, Preprocessing
 
 if TYPE_CHECKING:
@@ -190,14 +191,9 @@ class ConvShape:
         Raises:
             BudgetError: it has more.
         """
-        if self.params() <= max_params:
-            return
         empty = replace(self, head_hidden=0, head_kernel=0).params()
-        hint = f"; without hidden layers in its head it has {empty:,}" if self.head_hidden else ""
-        raise BudgetError(
-            f"{self} asked: {self.params():,} parameters; at most {max_params:,} are allowed{hint}: fewer or narrower "
-            "stages would fit"
-        )
+        hint = f"without hidden layers in its head it has {empty:,}; " if self.head_hidden else ""
+        _building.require_budget(self, max_params, lambda: f"{hint}fewer or narrower stages would fit")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -210,11 +206,7 @@ class ConvShape:
         Raises:
             ShapeError: a key is unknown or missing, or no such network exists.
         """
-        known = ["kind", *(field.name for field in fields(cls))]
-        require_keys(values, known=known, needed=["kind", "family", "stages"], error=ShapeError)
-        if values["kind"] != cls.kind:
-            raise ShapeError(f"a shape of kind {values['kind']!r:.40} given; a ConvShape is of kind {cls.kind!r}")
-        return cls(**{name: value for name, value in values.items() if name != "kind"})
+        return cls(**_building.own_fields(cls, values, needed=["kind", "family", "stages"]))
 
     def build(
         self,
@@ -230,9 +222,13 @@ class ConvShape:
         Raises:
             ShapeError: drop_path_rate is outside [0, 1), or is asked of a VGG, which has no residual paths.
         """
-        from learngene_hub._conv_models import build
-
-        return build(self, device, drop_path_rate, preprocessing)
+        if drop_path_rate and self.family == "vgg":
+            raise ShapeError(
+                f"drop_path_rate {drop_path_rate!r} asked; a VGG has no residual paths to drop: 0 would work"
+            )
+        return _building.build(
+            self, device=device, drop_path_rate=drop_path_rate, preprocessing=preprocessing, on_meta={}
+        )
 
     def model_args(self) -> dict[str, Any]:
         """What ``timm.create_model(architecture, num_classes=...)`` needs beside to build this shape; JSON values."""
@@ -307,12 +303,7 @@ class ConvShape:
 
     def keys(self) -> frozenset[str]:
         """The names of the built model's state dict, buffers too."""
-        return _keys(self)
-
-
-@lru_cache(maxsize=256)
-def _keys(shape: ConvShape) -> frozenset[str]:
-    return frozenset(shape.build(device="meta").state_dict())
+        return _building.keys(self)
 
 
 def _stages(stages: object) -> tuple[tuple[int, ...], ...]:

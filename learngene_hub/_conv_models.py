@@ -1,11 +1,10 @@
-"""Building the timm model of a ConvShape, and reading the shape of one (``ConvShape.build``, ``ConvShape.of``)."""
+"""The network of our own VGGs, and the shape of a CNN of timm's (``ConvShape.of``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
-import timm
 import torch
 from timm.layers.classifier import ClassifierHead
 from timm.models import build_model_with_cfg
@@ -13,12 +12,8 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.vgg import VGG, ConvMlp
 from torch import nn
 
-from learngene_hub._check import is_number
 from learngene_hub._conv import ConvShape
 from learngene_hub.errors import ShapeError
-
-if TYPE_CHECKING:
-    from learngene_hub.shape import Preprocessing
 
 _NARROW = 1 / 4096  # of timm's head, which is built and thrown away: one unit
 
@@ -59,6 +54,7 @@ def vgg(
     pretrained_cfg_overlay: dict[str, Any] | None = None,
     cache_dir: str | None = None,
     *,
+    global_pool: str = "avg",
     stages: Sequence[Sequence[int]] = ((64,), (128,), (256,), (512, 512, 512, 512)),
     head_hidden: int = 1024,
     head_kernel: int = 2,
@@ -71,7 +67,12 @@ def vgg(
     """What ``timm.create_model("learngene_vgg")`` calls; the defaults are heuristic learngene's individual at 32 px.
 
     ``num_classes`` and ``in_chans`` None: as ``pretrained_cfg`` says, else 1000 and 3.
+
+    Raises:
+        ShapeError: ``global_pool``, which timm writes beside a model that it saves, is another than the one there is.
     """
+    if global_pool != "avg":
+        raise ShapeError(f"pool {global_pool!r} asked of a learngene_vgg; 'avg' would work")
     plan = [channels for stage in stages for channels in (*stage, "M")]
     given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
     return build_model_with_cfg(
@@ -90,32 +91,6 @@ def vgg(
         dtype=dtype,
         **{name: value for name, value in given.items() if value is not None},  # timm fills in what is left out
     )
-
-
-def build(
-    shape: ConvShape, device: torch.device | str, drop_path_rate: float, preprocessing: Preprocessing
-) -> nn.Module:
-    """See ``ConvShape.build``."""
-    if not (is_number(drop_path_rate) and 0 <= drop_path_rate < 1):
-        raise ShapeError(f"drop_path_rate {drop_path_rate!r} asked; it must be at least 0 and below 1")
-    if drop_path_rate and shape.family == "vgg":
-        raise ShapeError(f"drop_path_rate {drop_path_rate} asked; a VGG has no residual paths to drop: 0 would work")
-    place, arguments = torch.device(device), shape.model_args()
-    if drop_path_rate:
-        arguments["drop_path_rate"] = drop_path_rate
-    forked = [] if place.type in ("cpu", "meta") else [place.index or 0]
-    with torch.random.fork_rng(devices=forked, device_type=place.type if forked else "cuda"):
-        if shape.architecture == "learngene_vgg":
-            cfg = shape.pretrained_cfg(preprocessing)
-            return vgg(pretrained_cfg=cfg, num_classes=shape.classes, device=place, **arguments)
-        return timm.create_model(
-            shape.architecture,
-            pretrained=False,
-            pretrained_cfg=shape.pretrained_cfg(preprocessing),
-            num_classes=shape.classes,
-            device=place,
-            **arguments,
-        )
 
 
 def read_shape(model: nn.Module) -> ConvShape:
@@ -187,9 +162,19 @@ def _read_resnet(model: ResNet) -> ConvShape:
 
 
 def _image_size(model: Any) -> int:
-    """The side of the model's images, by its ``pretrained_cfg``; 224 where that does not say."""
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    return int((cfg.get("input_size") or (3, 224, 224))[-1])
+    """The side of the model's images, by its ``pretrained_cfg``; 224 where that does not say.
+
+    Raises:
+        ShapeError: what it says is no size.
+    """
+    cfg = getattr(model, "pretrained_cfg", None)
+    said = cfg.get("input_size") if isinstance(cfg, Mapping) else None
+    if said is None:
+        return 224
+    whole = isinstance(said, (list, tuple)) and all(type(number) is int and number > 0 for number in said)
+    if not whole or len(said) != 3:
+        raise ShapeError(f"input_size {said!r:.60} of a model's pretrained_cfg given; [3, 224, 224] would work")
+    return said[-1]
 
 
 def _layers(model: nn.Module) -> dict[str, str]:

@@ -34,6 +34,7 @@ from learngene_hub._resume import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from learngene_hub.data import Images
@@ -45,45 +46,60 @@ if TYPE_CHECKING:
     from learngene_hub.widening import Widening
 
 HUB = "hf-hub:"  # timm's prefix of a Hub repository
+MUCH_LARGER = 2  # times the ancestor's parameters: what is told before so much is trained
 COST = ("steps", "images_seen", "flops", "teacher_flops")  # of the provenance: what is told of the cost
 MODEL = "a folder that timm saved, ORG/REPO or hf-hub:ORG/REPO on the Hub, or a name of timm's"
 
 
+MethodArgument = Annotated[str, typer.Argument(metavar="METHOD", help="One of `learngene methods`.")]
+AncestorArgument = Annotated[str, typer.Argument(metavar="ANCESTOR", help=f"A timm model: {MODEL}.")]
+OutOption = Annotated[Path, typer.Option("--out", help="The folder, or NAME.safetensors file, to write.")]
+DataSetsOption = Annotated[
+    list[str] | None,
+    typer.Option("--data", help="A data set to extract with; repeat it for more. Some methods need none."),
+]
+ConfigOption = Annotated[Path | None, typer.Option("--config", help="The method's settings: a JSON or YAML file.")]
+SettingOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; repeat it.")]
+WideningOption = Annotated[
+    list[str] | None,
+    typer.Option("--widen", metavar="KEY=VALUE", help="Add the width stage, with one of its settings; repeat it."),
+]
+PixelsOption = Annotated[int | None, typer.Option("--image-size", help="Side of the images, pixels [64].")]
+SplitOption = Annotated[str, typer.Option("--split", help="The split of each data set to use.")]
+AncestorWeightsOption = Annotated[
+    Path | None, typer.Option("--ancestor-weights", help="A .safetensors file, for an ANCESTOR named as timm does.")
+]
+TeacherOption = Annotated[
+    str | None, typer.Option("--teacher", help="Learn from this model's predictions, not the ancestor's.")
+]
+TeacherWeightsOption = Annotated[
+    Path | None, typer.Option("--teacher-weights", help="A .safetensors file, for a --teacher named as timm does.")
+]
+TeacherCacheOption = Annotated[
+    Path | None, typer.Option("--teacher-cache", help="Keep what the teacher says here; other runs read it.")
+]
+AncestorLicenseOption = Annotated[str, typer.Option("--ancestor-license", help="SPDX, such as Apache-2.0.")]
+
+
 def extract(
     out: Output,
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="One of `learngene methods`.")],
-    ancestor: Annotated[str, typer.Argument(metavar="ANCESTOR", help=f"A timm model: {MODEL}.")],
-    path: Annotated[Path, typer.Option("--out", help="The folder, or NAME.safetensors file, to write.")],
-    data: Annotated[
-        list[str] | None,
-        typer.Option("--data", help="A data set to extract with; repeat it for more. Some methods need none."),
-    ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="The method's settings: a JSON or YAML file.")] = None,
-    pairs: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; repeat it.")
-    ] = None,
-    widening: Annotated[
-        list[str] | None,
-        typer.Option("--widen", metavar="KEY=VALUE", help="Add the width stage, with one of its settings; repeat it."),
-    ] = None,
+    method: MethodArgument,
+    ancestor: AncestorArgument,
+    path: OutOption,
+    data: DataSetsOption = None,
+    config: ConfigOption = None,
+    pairs: SettingOption = None,
+    widening: WideningOption = None,
     dtype: DtypeOption = "float32",
-    image_size: Annotated[int | None, typer.Option("--image-size", help="Side of the images, pixels [64].")] = None,
+    image_size: PixelsOption = None,
     size: OldSizeOption = None,
-    split: Annotated[str, typer.Option("--split", help="The split of each data set to use.")] = "train",
+    split: SplitOption = "train",
     limit: LimitOption = None,
-    ancestor_weights: Annotated[
-        Path | None, typer.Option("--ancestor-weights", help="A .safetensors file, for an ANCESTOR named as timm does.")
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option("--teacher", help="Learn from this model's predictions, not the ancestor's.")
-    ] = None,
-    teacher_weights: Annotated[
-        Path | None, typer.Option("--teacher-weights", help="A .safetensors file, for a --teacher named as timm does.")
-    ] = None,
-    teacher_cache: Annotated[
-        Path | None, typer.Option("--teacher-cache", help="Keep what the teacher says here; other runs read it.")
-    ] = None,
-    ancestor_license: Annotated[str, typer.Option("--ancestor-license", help="SPDX, such as Apache-2.0.")] = "",
+    ancestor_weights: AncestorWeightsOption = None,
+    teacher: TeacherOption = None,
+    teacher_weights: TeacherWeightsOption = None,
+    teacher_cache: TeacherCacheOption = None,
+    ancestor_license: AncestorLicenseOption = "",
     skip_unreadable: SkipOption = False,
     resume: ResumeOption = False,
     yes: YesOption = False,
@@ -99,16 +115,8 @@ def extract(
     learngene extract lsamd ancestor --data signdigits --data photos/ --out my-learngene --resume
     learngene extract tleg deit_tiny_patch16_224 --teacher regnety_016.tv2_in1k --data photos/ --out my-learngene
     """
-    from learngene_hub import methods
-    from learngene_hub.shape import ViTShape
-    from learngene_hub.widening import Widening, require_group
-
     settings = read_settings(config, pairs or [])
-    stage = Widening.from_dict(read_settings(None, widening)) if widening else None
-    number = require_dtype(dtype)
-    asked = methods.get_method(method, settings)  # refuses a wrong setting before anything is read
-    if stage:
-        require_group(asked)
+    stage, number, asked = _asked(method, settings, widening, dtype)
     _require_teachable(asked, teacher, teacher_weights, teacher_cache)
     pixels = one_size(image_size, size) or IMAGE_SIZE
     state = state_of(path)
@@ -118,23 +126,74 @@ def extract(
     claim(out, path, state, resume=resume, yes=yes)
     with interruptible(out, state):
         chosen = load_model(ancestor, ancestor_weights, "--ancestor-weights")
-        methods.require_ancestor(asked, chosen.model)
-        if stage:
-            stage.require(ViTShape.of(chosen.model))
+        _require_begin(asked, stage, chosen)
         taught = _taught(teacher, teacher_weights, teacher_cache, chosen)
         images = _data_sets(data or [], split=split, size=pixels, limit=limit, skip_unreadable=skip_unreadable)
         for each in images.values():
             tell_skipped(out, each)
+        _tell_auxiliary(out, asked, chosen.model, images)
         began = time.perf_counter()
         facts = {"name": chosen.name, "source": chosen.source, "license": ancestor_license}
         learngene = _extracted(out, method, settings, chosen, images, facts, stage, state, taught).to(number)
         file = _stored(learngene, path)
     shutil.rmtree(state, ignore_errors=True)
-    out.facts(_told(learngene, file, time.perf_counter() - began), key="path")
-    own = sum(parameter.numel() for parameter in chosen.model.parameters())
+    _tell_made(out, learngene, file, chosen.model, time.perf_counter() - began)
+
+
+def _asked(
+    method: str, settings: Mapping[str, Any], widening: Sequence[str] | None, dtype: str
+) -> tuple[Widening | None, torch.dtype, Method]:
+    """The width stage, the dtype and the method that were asked for, before anything is read.
+
+    Raises:
+        SettingsError: one of them is none, or they do not go together.
+    """
+    from learngene_hub import methods
+    from learngene_hub.widening import Widening, require_group
+
+    stage = Widening.from_dict(read_settings(None, widening)) if widening else None
+    number, asked = require_dtype(dtype), methods.get_method(method, settings)
+    if stage:
+        require_group(asked)
+    return stage, number, asked
+
+
+def _require_begin(asked: Method, stage: Widening | None, chosen: Chosen) -> None:
+    """Refuse an ancestor that the method, or the width stage, cannot begin with (ShapeError, SettingsError)."""
+    from learngene_hub import methods
+    from learngene_hub.shape import ViTShape
+
+    methods.require_ancestor(asked, chosen.model)
+    if stage:
+        stage.require(ViTShape.of(chosen.model))
+
+
+def _tell_made(out: Output, learngene: Learngene, file: Path, ancestor: nn.Module, seconds: float) -> None:
+    """What is told of an extraction that is done."""
+    out.facts(_told(learngene, file, seconds), key="path")
+    if learngene.provenance.get("flops"):
+        out.note(
+            "Each of flops counts forward passes alone; backward passes of training take about twice as many again"
+        )
+    own = sum(parameter.numel() for parameter in ancestor.parameters())
     if learngene.params > own:
         out.note(f"It is larger than its ancestor, which has {own:,} parameters; smaller settings store less")
     out.note(f"Next: learngene show {file} --depth {learngene.shape.depth}")
+
+
+def _tell_auxiliary(out: Output, asked: Method, ancestor: nn.Module, images: Mapping[str, Images]) -> None:
+    """Says, before anything is trained, that what a method trains is much larger than the ancestor."""
+    shape_of_it = getattr(asked, "auxiliary", None)
+    if shape_of_it is None or not images:
+        return
+    shape = shape_of_it(ancestor, next(iter(images.values())))
+    own = sum(parameter.numel() for parameter in ancestor.parameters())
+    if shape.params() > MUCH_LARGER * own:
+        deep = "depth=N" if hasattr(asked, "depth") else "stages=[N,N]"
+        out.note(
+            f"{asked.name} trains an auxiliary of {shape}: {shape.params():,} parameters, {shape.params() / own:.0f} "
+            f"times the ancestor's {own:,}; --set {deep} --set width=N trains another, N=0 a ViT ancestor's own"
+        )
 
 
 def _told(learngene: Learngene, file: Path, seconds: float) -> dict[str, Any]:

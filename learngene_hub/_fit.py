@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,29 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 FREE_TO_CHANGE = {"compile", "checkpointing"}  # of a continued run: no result depends on them
 
 
+def has_bf16() -> bool:
+    """Whether this CPU has instructions for bf16, or at least for products of it as fast as of float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def warn_where_slow(precision: str, device: torch.device) -> None:
+    """Warns of bf16 on a CPU that has no instructions for it, where it is tens of times slower than fp32."""
+    if precision != "bf16" or device.type != "cpu" or has_bf16():
+        return
+    warnings.warn(
+        "precision 'bf16' asked on a CPU without instructions for it, where it is tens of times slower than 'fp32', "
+        "which would work",
+        stacklevel=2,
+    )
+
+
+@contextlib.contextmanager
+def learning() -> Iterator[None]:
+    """Gradients are recorded inside, whether or not the caller is in ``torch.no_grad`` or ``torch.inference_mode``."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
 class Run:
     """What one call of `fit` holds between updates."""
 
@@ -55,6 +79,12 @@ class Run:
         dtype = PRECISIONS[recipe.precision]
         if dtype is torch.float16 and self.device.type == "cpu":
             raise SettingsError("precision 'fp16' needs a GPU; on a CPU 'bf16' or 'fp32' work")
+        warn_where_slow(recipe.precision, self.device)
+        if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+            raise SettingsError(
+                "a model made inside torch.inference_mode() given, which torch never trains: one made outside would "
+                "work"
+            )
         model.to(self.device)
         self.autocast = contextlib.nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
         self.scaler = torch.amp.GradScaler(self.device.type) if dtype is torch.float16 else None
@@ -85,7 +115,7 @@ class Run:
         rate = self.recipe.rate(self.step + 1, self.of)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * rate
-        with forked(self.device):
+        with forked(self.device), learning():
             loss = self._backward(stream)()
             self._apply(loss, epoch)
         self.step += 1

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from learngene_hub._check import require_int
 from learngene_hub.errors import ArtefactError, LearngeneError, SettingsError, ShapeError
 from learngene_hub.learngene import Learngene
-from learngene_hub.methods import get_method, is_planning
+from learngene_hub.methods import get_method, growth_of, is_planning
 from learngene_hub.methods._plain_plan import plan_plain
 from learngene_hub.shape import Shape
 
@@ -23,13 +23,19 @@ def with_settings(learngene: Learngene, settings: Mapping[str, Any] | None) -> L
     """The same learngene with these settings laid over its own; itself where there are none.
 
     Raises:
-        SettingsError: a setting that its method does not have, a value out of its range, or one that its tensors do
-            not fit.
+        SettingsError: a setting that its method does not have, one that acts at extraction alone, a value out of its
+            range, or one that its tensors do not fit.
     """
     if not settings:
         return learngene
     changed = replace(learngene, settings={**learngene.settings, **settings})
     method = get_method(changed.method, changed.settings)
+    acting = growth_of(type(method))
+    if acting is not None and (idle := sorted(settings.keys() - set(acting))):
+        raise SettingsError(
+            f"setting {idle[0]} asked of a learngene that is extracted already; of {changed.method} "
+            f"{', '.join(acting) or 'none'} act at growth, and {idle[0]} at extraction"
+        )
     try:
         method.check({name: tuple(tensor.shape) for name, tensor in changed.tensors.items()}, changed.shape)
     except ArtefactError as error:
@@ -145,6 +151,7 @@ def expand(
     return grow(learngene, shape, drop_path_rate=drop_path_rate, dtype=dtype, device=device, seed=seed)
 
 
+@torch.inference_mode(False)
 def grow(
     learngene: Learngene,
     shape: Shape,

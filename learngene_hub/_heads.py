@@ -1,9 +1,11 @@
 """HeadsShape: a ViT whose blocks have any number of heads each, whatever its width.
 
-timm's plain VisionTransformer ties the number of heads to the width, and no argument of it loosens that, so these
-models are of an architecture of our own, ``learngene_heads_vit`` (``_heads_vit.py``), which timm rebuilds from its
-config wherever learngene_hub is installed. Where heads times head_dim is the width in every block, the network is a
-plain one, and its shape is a ``ViTShape``.
+timm's plain VisionTransformer ties the number of heads to the width. What loosens that is an argument of its attention
+layer (``attn_head_dim``), which no config can hold, so these models are of an architecture of our own,
+``learngene_heads_vit`` (``_heads_vit.py``), which timm rebuilds from its config wherever learngene_hub is installed.
+Elsewhere the weights of one with the same heads in every block load into timm's model with ``attn_layer`` a subclass of
+``timm.layers.Attention`` that sets it; those of different heads per block into no model of timm's. Where heads times
+head_dim is the width in every block, the network is a plain one, and its shape is a ``ViTShape``.
 """
 
 from __future__ import annotations
@@ -12,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from learngene_hub._check import is_number, require_int, require_keys
-from learngene_hub.errors import BudgetError, ShapeError
+from learngene_hub import _building
+from learngene_hub._check import require_int
+from learngene_hub.errors import ShapeError
 from learngene_hub.shape import IMAGENET, Preprocessing, ViTShape
 
 if TYPE_CHECKING:
@@ -115,12 +118,13 @@ class HeadsShape:
         Raises:
             BudgetError: it has more.
         """
-        if self.params() <= max_params:
-            return
-        fit = [n for n in range(1, self.depth) if self._params(self.heads[:n]) <= max_params]
-        least = f"even its first block alone has {self._params(self.heads[:1]):,}"
-        fits = f"its first {fit[-1]} blocks would fit" if fit else least
-        raise BudgetError(f"{self} asked: {self.params():,} parameters; at most {max_params:,} are allowed: {fits}")
+
+        def what_fits() -> str:
+            fit = [n for n in range(1, self.depth) if self._params(self.heads[:n]) <= max_params]
+            least = f"even its first block alone has {self._params(self.heads[:1]):,}"
+            return f"its first {fit[-1]} blocks would fit" if fit else least
+
+        _building.require_budget(self, max_params, what_fits)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -133,11 +137,7 @@ class HeadsShape:
         Raises:
             ShapeError: a key is unknown or missing, or no such ViT exists.
         """
-        known = [f.name for f in fields(cls)]
-        require_keys(values, known=[*known, "kind"], needed=["width", "heads", "head_dim"], error=ShapeError)
-        if values.get("kind", cls.kind) != cls.kind:
-            raise ShapeError(f"kind {values['kind']!r:.40} given; this one is {cls.kind!r}")
-        return cls(**{name: value for name, value in values.items() if name != "kind"})
+        return cls(**_building.own_fields(cls, values, needed=["width", "heads", "head_dim"]))
 
     def build(
         self,
@@ -153,28 +153,7 @@ class HeadsShape:
         Raises:
             ShapeError: drop_path_rate is outside [0, 1).
         """
-        import timm
-        import torch
-
-        import learngene_hub.architectures  # noqa: F401  # timm finds the architecture by its name
-
-        if not (is_number(drop_path_rate) and 0 <= drop_path_rate < 1):
-            raise ShapeError(f"drop_path_rate {drop_path_rate!r} asked; it must be at least 0 and below 1")
-        place = torch.device(device)
-        arguments = self.model_args()
-        if place.type == "meta":
-            arguments["weight_init"] = "skip"
-        forked = [] if place.type in ("cpu", "meta") else [place.index or 0]
-        with torch.random.fork_rng(devices=forked, device_type=place.type if forked else "cuda"):
-            return timm.create_model(
-                ARCHITECTURE,
-                pretrained=False,
-                pretrained_cfg=self.pretrained_cfg(preprocessing),
-                num_classes=self.classes,
-                drop_path_rate=drop_path_rate,
-                device=place,
-                **arguments,
-            )
+        return _building.build(self, device=device, drop_path_rate=drop_path_rate, preprocessing=preprocessing)
 
     def model_args(self) -> dict[str, Any]:
         """What ``timm.create_model(ARCHITECTURE, num_classes=...)`` needs beside to build this shape; JSON values."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TextIO
@@ -87,18 +87,26 @@ def may_color(refused: bool) -> bool:
 
 
 def text(name: str, value: Any) -> str:
-    """``value`` for people, by the unit that ``name`` implies."""
+    """``value`` for people: a number in the unit that the last word of ``name`` says ("teacher_flops"), any other whole
+    number with its thousands apart, any other fraction to four digits, and a default as it is typed."""
     if value is None or value == "":
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int | float) and name in _UNITS:
-        return _UNITS[name](value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
+    if isinstance(value, int | float):
+        return _UNITS.get(_unit(name), _plain)(value)
     if isinstance(value, list | tuple):
-        return ", ".join(text("", item) for item in value) or "-"
+        return ", ".join(text(name, item) for item in value) or "-"
     return str(value)
+
+
+def _unit(name: str) -> str:
+    """The last word of a name."""
+    return name.rpartition("_")[2]
+
+
+def _plain(number: float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
 
 
 def _size(count: float) -> str:
@@ -109,13 +117,19 @@ def _size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-_UNITS = {
+def _typed(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:.4g}"
+
+
+_UNITS: Mapping[str, Callable[[float], str]] = {
     "bytes": _size,
     "params": lambda n: f"{n:,}",
     "flops": lambda n: f"{n / 1e9:,.3f} G",
     "accuracy": lambda n: f"{n:.2f} %",
-    "seconds": lambda n: f"{n:.2f} s",
+    "seconds": lambda n: f"{n:,.2f} s",
+    "default": _typed,
 }
+_MEASURED = _UNITS.keys() - {"default"}
 
 
 def _flat(facts: Row, prefix: str = "") -> list[tuple[str, str]]:
@@ -155,7 +169,7 @@ def _print_table(rows: Sequence[Row], columns: Sequence[str], *, color: bool) ->
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        table.add_column(column, justify="right" if column in _UNITS else "left", overflow="fold")
+        table.add_column(column, justify="right" if _unit(column) in _MEASURED else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_one_line(text(column, row[column]))) for column in columns))
     Console(no_color=not color, highlight=False).print(table)

@@ -5,6 +5,7 @@ Nothing is sent without a licence, which is never guessed. What else is promised
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from learngene_hub._card_facts import HUB_LICENSES
 from learngene_hub._client import Repository, is_repository, parse_repository
 from learngene_hub._send import Order, Pushed, send
 from learngene_hub._store import Files, HubStore, digests
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
     from learngene_hub.descendant import Descendant
 
 CARD = "README.md"
-_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+:-]*( (AND|OR|WITH) [A-Za-z0-9][A-Za-z0-9.+:-]*)*")
 _NO_LICENSE = ("none", "noassertion", "unknown", "null")
 
 
@@ -162,9 +163,26 @@ def _license(name: str, of: str) -> str:
     """The name of a licence, once it is known to be one."""
     if not name or name.lower() in _NO_LICENSE:
         raise SettingsError(f"no licence for {of}; license='Apache-2.0' (--license), or what holds, would work")
-    if not _LICENSE.fullmatch(name):
-        raise SettingsError(f"license {ascii(name)} asked; an SPDX identifier such as Apache-2.0 would work")
+    if name.lower() != "other" and not _is_known(name):
+        near = difflib.get_close_matches(name.lower(), HUB_LICENSES, n=1, cutoff=0.7)
+        hint = f"; did you mean {near[0]!r}?" if near else ";"
+        raise SettingsError(
+            f"license {ascii(name):.80} asked, which neither SPDX nor the Hub knows{hint} an identifier such as "
+            "Apache-2.0, LicenseRef-NAME for terms of your own, or 'other' would work"
+        )
     return name
+
+
+def _is_known(name: str) -> bool:
+    """Whether it is a licence of the Hub's list, or an expression of SPDX identifiers and references."""
+    if name.lower() in HUB_LICENSES:
+        return True
+    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression  # here: only for a push
+
+    try:
+        return name.isprintable() and bool(canonicalize_license_expression(name))
+    except InvalidLicenseExpression:
+        return False
 
 
 def _entry(pushed: Pushed, learngene: Learngene, description: str) -> Entry | None:

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from learngene_hub._check import is_number, require_keys
-from learngene_hub.errors import BudgetError, ShapeError
+from learngene_hub import _building
+from learngene_hub.errors import ShapeError
 from learngene_hub.shape import IMAGENET, Preprocessing, ViTShape
 
 if TYPE_CHECKING:
@@ -140,11 +139,7 @@ class StitchedShape:
         Raises:
             BudgetError: it has more.
         """
-        if self.params() > max_params:
-            raise BudgetError(
-                f"{self} asked: {self.params():,} parameters; at most {max_params:,} are allowed: fewer blocks of "
-                f"its wide segment would fit"
-            )
+        _building.require_budget(self, max_params, lambda: "fewer blocks of its wide segment would fit")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -157,11 +152,7 @@ class StitchedShape:
         Raises:
             ShapeError: a key is unknown or missing, or no such ViT exists.
         """
-        known = [f.name for f in fields(cls)]
-        require_keys(values, known=[*known, "kind"], needed=list(PER_SEGMENT), error=ShapeError)
-        if values.get("kind", cls.kind) != cls.kind:
-            raise ShapeError(f"kind {values['kind']!r:.40} given; this one is {cls.kind!r}")
-        return cls(**{name: value for name, value in values.items() if name != "kind"})
+        return cls(**_building.own_fields(cls, values, needed=PER_SEGMENT))
 
     def build(
         self,
@@ -178,28 +169,7 @@ class StitchedShape:
         Raises:
             ShapeError: drop_path_rate is outside [0, 1).
         """
-        import timm
-        import torch
-
-        import learngene_hub.architectures  # noqa: F401  # timm finds the architecture by its name
-
-        if not (is_number(drop_path_rate) and 0 <= drop_path_rate < 1):
-            raise ShapeError(f"drop_path_rate {drop_path_rate!r} asked; it must be at least 0 and below 1")
-        place = torch.device(device)
-        arguments = self.model_args()
-        if place.type == "meta":
-            arguments["weight_init"] = "skip"
-        forked = [] if place.type in ("cpu", "meta") else [place.index or 0]
-        with torch.random.fork_rng(devices=forked, device_type=place.type if forked else "cuda"):
-            return timm.create_model(
-                ARCHITECTURE,
-                pretrained=False,
-                pretrained_cfg=self.pretrained_cfg(preprocessing),
-                num_classes=self.classes,
-                drop_path_rate=drop_path_rate,
-                device=place,
-                **arguments,
-            )
+        return _building.build(self, device=device, drop_path_rate=drop_path_rate, preprocessing=preprocessing)
 
     def model_args(self) -> dict[str, Any]:
         """What ``timm.create_model(ARCHITECTURE, num_classes=...)`` needs beside to build this shape; JSON values."""
@@ -229,12 +199,7 @@ class StitchedShape:
 
     def keys(self) -> frozenset[str]:
         """The names of the built model's state dict."""
-        return _keys(self)
-
-
-@lru_cache(maxsize=256)
-def _keys(shape: StitchedShape) -> frozenset[str]:
-    return frozenset(shape.build(device="meta").state_dict())
+        return _building.keys(self)
 
 
 def _block(part: ViTShape, count: str) -> int:

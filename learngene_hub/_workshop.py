@@ -29,7 +29,7 @@ from learngene_hub._command import (
     tell_skipped,
 )
 from learngene_hub._extraction import extract as extract
-from learngene_hub._output import Output
+from learngene_hub._output import Output, text
 from learngene_hub._resume import (
     IMAGE_SIZE,
     OldSizeOption,
@@ -53,38 +53,49 @@ if TYPE_CHECKING:
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder that expand or finetune wrote.")]
 
 
+GrownArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder that expand wrote, or a learngene to grow now.")
+]
+FolderOption = Annotated[Path, typer.Option("--out", help="The folder to write the trained model to.")]
+PixelsOption = Annotated[
+    int | None, typer.Option("--image-size", help="Side of the images, pixels, of a model grown now [64].")
+]
+ConstrainedOption = Annotated[
+    bool, typer.Option("--constrained", help="Train a learngene's components, not the blocks: ldr alone.")
+]
+TrainSplitOption = Annotated[str, typer.Option("--train-split", help="The split to train on.")]
+TestSplitOption = Annotated[str, typer.Option("--test-split", help="The split to test on; '' for none.")]
+EpochsOption = Annotated[int, typer.Option("--epochs", help="Passes over the training images.")]
+RateOption = Annotated[float, typer.Option("--lr", help="Peak learning rate.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", help="Images per update.")]
+CompileOption = Annotated[bool, typer.Option("--compile", help="Use torch.compile.")]
+LogOption = Annotated[Path | None, typer.Option("--log", help="Write each step: FILE.csv, or a TensorBoard folder.")]
+
+
 def finetune(
     out: Output,
-    model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder that expand wrote, or a learngene to grow now.")
-    ],
+    model: GrownArgument,
     data: DataOption,
-    folder: Annotated[Path, typer.Option("--out", help="The folder to write the trained model to.")],
+    folder: FolderOption,
     depth: DepthOption = None,
     width: WidthOption = None,
     heads: HeadsOption = None,
-    image_size: Annotated[
-        int | None, typer.Option("--image-size", help="Side of the images, pixels, of a model grown now [64].")
-    ] = None,
+    image_size: PixelsOption = None,
     size: OldSizeOption = None,
     settings: GrowthOption = None,
-    constrained: Annotated[
-        bool, typer.Option("--constrained", help="Train a learngene's components, not the blocks: ldr alone.")
-    ] = False,
-    train_split: Annotated[str, typer.Option("--train-split", help="The split to train on.")] = "train",
-    test_split: Annotated[str, typer.Option("--test-split", help="The split to test on; '' for none.")] = "test",
-    epochs: Annotated[int, typer.Option("--epochs", help="Passes over the training images.")] = 3,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 3e-4,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images per update.")] = 64,
+    constrained: ConstrainedOption = False,
+    train_split: TrainSplitOption = "train",
+    test_split: TestSplitOption = "test",
+    epochs: EpochsOption = 3,
+    lr: RateOption = 3e-4,
+    batch_size: BatchOption = 64,
     seed: SeedOption = 0,
     precision: PrecisionOption = "fp32",
-    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
+    compile: CompileOption = False,
     device: DeviceOption = None,
     limit: LimitOption = None,
     skip_unreadable: SkipOption = False,
-    log: Annotated[
-        Path | None, typer.Option("--log", help="Write each step: FILE.csv, or a TensorBoard folder.")
-    ] = None,
+    log: LogOption = None,
     resume: ResumeOption = False,
     yes: YesOption = False,
 ) -> None:
@@ -101,29 +112,20 @@ def finetune(
     from learngene_hub.training import Recipe
 
     recipe = Recipe(epochs=epochs, lr=lr, batch_size=batch_size, precision=precision, compile=compile, seed=seed)
-    pixels = one_size(image_size, size)
-    growth = read_settings(None, settings or [])
+    pixels, growth = one_size(image_size, size), read_settings(None, settings or [])
     state = state_of(folder)
     if resume and is_finished(folder / "model.safetensors", state):
         out.facts({"path": str(folder), "model": model, "data": data}, key="path")
         out.note(f"{folder} is finished already; nothing is left to resume")
         return
     claim(out, folder, state, resume=resume, yes=yes)
+    splits = [train_split, *([test_split] if test_split else [])]
     with interruptible(out, state):
         learngene = _of_components(model) if constrained else None
         grown, images = _model_and_images(
-            model,
-            data,
-            [train_split, *([test_split] if test_split else [])],
-            depth=depth,
-            width=width,
-            heads=read_heads(heads),
-            size=pixels,
-            settings=growth,
-            seed=seed,
-            limit=limit,
-            skip_unreadable=skip_unreadable,
-        )
+            model, data, splits, depth=depth, width=width, heads=read_heads(heads), size=pixels, settings=growth,
+            seed=seed, limit=limit, skip_unreadable=skip_unreadable,
+        )  # fmt: skip
         for each in images:
             tell_skipped(out, each)
         began = time.perf_counter()
@@ -135,19 +137,21 @@ def finetune(
             grown.timm_model.load_state_dict(tuned.materialise().state_dict())  # type: ignore[operator]
         grown.save_pretrained(folder)
     shutil.rmtree(state, ignore_errors=True)
-    facts: dict[str, Any] = {
-        "path": str(folder),
-        "model": model,
-        "data": data,
-        "images": len(images[0]),
-        "params": sum(parameter.numel() for parameter in grown.timm_model.parameters()),
-        "trained_params": sum(parameter.numel() for parameter in tuned.parameters()),
-        "epochs": history,
-        "seconds": time.perf_counter() - began,
-    }
-    out.facts(facts, key="path")
+    facts: dict[str, Any] = {"path": str(folder), "model": model, "data": data, "images": len(images[0])}
+    _tell_tuned(out, facts | _sizes(grown, tuned) | {"epochs": history}, test_split, time.perf_counter() - began)
+
+
+def _sizes(grown: Descendant, tuned: nn.Module) -> dict[str, int]:
+    """Parameters of the model, and of what was trained in its place."""
+    models = {"params": grown.timm_model, "trained_params": tuned}
+    return {name: sum(parameter.numel() for parameter in each.parameters()) for name, each in models.items()}
+
+
+def _tell_tuned(out: Output, facts: Mapping[str, Any], test_split: str, seconds: float) -> None:
+    """What is told of a training that is done, and the command that tests it."""
+    out.facts({**facts, "seconds": seconds}, key="path")
     split = "" if test_split in ("", "test") else f" --split {shlex.quote(test_split)}"
-    out.note(f"Next: learngene evaluate {shlex.quote(str(folder))} --data {shlex.quote(data)}{split}")
+    out.note(f"Next: learngene evaluate {shlex.quote(facts['path'])} --data {shlex.quote(facts['data'])}{split}")
 
 
 def _of_components(model: str) -> Learngene:
@@ -215,7 +219,7 @@ def _trained(
             if len(images) > 1:
                 found = factory.evaluate(model, images[1], preprocessing=preprocessing)
                 reached["accuracy"] = found.accuracy
-            told = ", ".join(f"{key} {value:.4g}" for key, value in reached.items())
+            told = ", ".join(f"{key} {text(key, value)}" for key, value in reached.items())
             out.note(f"epoch {step.epoch + 1} of {recipe.epochs}: {told}")
     return history
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from learngene_hub import _exchange, _extraction, _registry_commands, _shelf, _workshop, errors
+from learngene_hub import _exchange, _extraction, _pool_commands, _registry_commands, _shelf, _workshop, errors
 from learngene_hub._command import (
     NUMBER_BYTES,
     ChannelsOption,
@@ -151,6 +151,9 @@ def methods(
 ) -> None:
     """The methods that make learngenes, or one's settings.
 
+    A setting acts at extraction (extract --set) or at growth (show, expand and finetune --set; extract stores it as the
+    learngene's own).
+
     \b
     learngene methods
     learngene methods lsamd
@@ -163,11 +166,26 @@ def methods(
         ]
         out.rows(rows, key="name", columns=["name", "paper", "summary"])
         return
-    method: Any = get_method(name)
+    rows = _settings(get_method(name))
+    out.rows(rows, key="setting", columns=["setting", "default", "type", "acts", "description"])
+
+
+def _settings(method: Any) -> list[dict[str, Any]]:
+    """What is told of each setting of a method: those of extraction first, then those of growth."""
+    from learngene_hub.methods import growth_of, words
+
+    said, grown = words(type(method)), growth_of(type(method))
     rows = [
-        {"setting": field.name, "default": getattr(method, field.name), "type": field.type} for field in fields(method)
+        {
+            "setting": field.name,
+            "default": getattr(method, field.name),
+            "type": field.type,
+            "acts": None if grown is None else "growth" if field.name in grown else "extraction",
+            "description": said.get(field.name, ""),
+        }
+        for field in fields(method)
     ]
-    out.rows(rows, key="setting", columns=["setting", "default", "type"])
+    return sorted(rows, key=lambda row: row["acts"] == "growth")
 
 
 def _summary(method: type) -> str:
@@ -247,6 +265,7 @@ app.command()(verb(_exchange.push))
 app.command()(verb(_exchange.pull))
 app.command()(verb(_shelf.verify))
 app.add_typer(_registry_commands.app)
+_pool_commands.mount(app)
 app.command("hf-extension")(verb(hf_extension))
 
 

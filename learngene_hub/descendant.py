@@ -41,6 +41,7 @@ from learngene_hub.shape import Preprocessing, Shape, shape_of
 
 if TYPE_CHECKING:
     from learngene_hub.hub import Pushed
+    from learngene_hub.pool import Pool, Selection
 
 _PLAIN_CLASS = "TimmWrapperForImageClassification"  # what reads the folder where learngene_hub is not installed
 
@@ -89,8 +90,9 @@ class Descendant(TimmWrapperForImageClassification):
     @classmethod
     def from_learngene(
         cls,
-        name_or_path_or_uri: str | os.PathLike[str],
+        name_or_path_or_uri: str | os.PathLike[str] | Pool,
         *,
+        selection: Selection | Mapping[str, float] | None = None,
         depth: int | None = None,
         width: int | None = None,
         heads: int | Sequence[int] | None = None,
@@ -109,7 +111,8 @@ class Descendant(TimmWrapperForImageClassification):
         """The model of these sizes grown from a learngene; a size left out is the native one.
 
         Args:
-            name_or_path_or_uri: a name of the registry, a file or folder, or ``org/repo``.
+            name_or_path_or_uri: a name of the registry, a file or folder, or ``org/repo``; or a ``Pool``.
+            selection: of a pool: what ``Pool.select`` found, or entries -> weights; the anchor alone where left out.
             heads: of every block, or one number for each; other than width / head_dim only where the method grows such.
             id2label: class number -> name, for every class; ``num_labels`` may then be left out.
             drop_path_rate: of the last block in training; it rises linearly from 0 over the blocks.
@@ -127,9 +130,16 @@ class Descendant(TimmWrapperForImageClassification):
         """
         place, number = _device(device), _dtype(dtype)
         classes = _num_labels(num_labels, id2label)
-        from learngene_hub.hub import fetch  # here: descendants stand above the Hub
+        if selection is not None or not isinstance(name_or_path_or_uri, (str, os.PathLike)):
+            from learngene_hub.hub import pull_pool
 
-        learngene, located = fetch(name_or_path_or_uri, revision=revision)
+            pool = pull_pool(name_or_path_or_uri, revision=revision)
+            learngene, name, commit = pool.merge(selection or {}), pool.name, pool.revision
+        else:
+            from learngene_hub.hub import fetch  # here: descendants stand above the Hub
+
+            learngene, located = fetch(name_or_path_or_uri, revision=revision)
+            name, commit = _name(name_or_path_or_uri), located.revision
         if classes is None and learngene.shape.classes == 0:
             raise ShapeError(
                 "num_labels is left out; this learngene has no classes of its own: num_labels=10 would work"
@@ -147,9 +157,9 @@ class Descendant(TimmWrapperForImageClassification):
             num_labels=classes,
             id2label=id2label,
             provenance={
-                "name": _name(name_or_path_or_uri),
+                "name": name,
                 "digest": learngene.digest,
-                "revision": located.revision,
+                "revision": commit,
                 "license": learngene.license,
                 "ancestor": dict(learngene.ancestor),
                 "method": learngene.method,

@@ -37,12 +37,22 @@ from learngene_hub.methods import (
 )
 from learngene_hub.shape import IMAGENET, Preprocessing
 from learngene_hub.teacher import Teacher
-from learngene_hub.training import Recipe, StateDir, Step, classification_loss, fit, image_batches, images_digest
+from learngene_hub.training import (
+    Recipe,
+    StateDir,
+    Step,
+    classification_loss,
+    fit,
+    image_batches,
+    images_digest,
+    learning,
+)
 from learngene_hub.training import state_digest as state_digest
 
 SEARCH, FOUND = "search", "found.safetensors"  # inside extract's state_dir: a method's own state, and what it found
 
 
+@learning()
 def extract(
     method: str | Method,
     ancestor: nn.Module,

@@ -12,6 +12,7 @@ The user's own registry, LEARNGENE_REGISTRY, may be a repository with a registry
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from learngene_hub import registry
 from learngene_hub._client import Repository as Repository
 from learngene_hub._client import is_repository
 from learngene_hub._client import parse_repository as parse_repository
+from learngene_hub._pool_file import MANIFEST, path_within, read_manifest
+from learngene_hub._pool_push import push_pool as push_pool
 from learngene_hub._push import push as push
 from learngene_hub._push import push_descendant as push_descendant
 from learngene_hub._remote import Cached as Cached
@@ -32,6 +35,7 @@ from learngene_hub._store import Peek, digests, file_at, refuse_revision, resolv
 from learngene_hub._store import Store as Store
 from learngene_hub.errors import ArtefactError, SettingsError, StoreError
 from learngene_hub.learngene import Learngene
+from learngene_hub.pool import Pool
 from learngene_hub.registry import Entry, Registry
 
 
@@ -85,6 +89,31 @@ def fetch(name_or_path_or_uri: str | os.PathLike[str], *, revision: str | None =
         if not _mended(located):
             raise
     return Fetched(Learngene.load(located.path, sha256=located.sha256), located)
+
+
+def pull_pool(source: str | os.PathLike[str] | Pool, *, revision: str | None = None) -> Pool:
+    """The pool of this path, registry name or Hub repository, every file checked; a Pool is itself.
+
+    One from the Hub lies in the cache of its client and cannot be added to: ``Pool.copy`` makes one that can.
+
+    Raises:
+        RegistryError, StoreError, SettingsError: as ``pull``, or there is no pool.
+        ArtefactError: it was edited, or a file is not what the manifest promises.
+    """
+    if isinstance(source, Pool):
+        refuse_revision(revision, f"a pool that is loaded already, {source.name}")
+        return source
+    located = locate(source, revision=revision)
+    folder = located.path.parent
+    if located.revision is None:
+        return Pool.load(folder)
+    asked = parse_repository(located.uri)
+    HubStore(file_name=MANIFEST).read(located.uri)
+    for row in read_manifest(folder).entries:
+        store = HubStore(file_name=path_within(row))
+        if digests(store.read(located.uri))[0] != row.sha256:
+            store.read(located.uri, again=True)
+    return replace(Pool.load(folder), origin=(asked.repo, located.revision))
 
 
 def locate(name_or_path_or_uri: str | os.PathLike[str], *, revision: str | None = None) -> Located:

@@ -17,15 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from learngene_hub import _building
 from learngene_hub._check import floats, is_number, nearest, nearest_divisors, require_int, require_keys, shortest_ratio
 from learngene_hub._kinds import Shape as Shape
 from learngene_hub._kinds import shape_from_dict as shape_from_dict
 from learngene_hub._kinds import shape_of as shape_of
 from learngene_hub._reach import Reach as Reach
-from learngene_hub.errors import BudgetError, SettingsError, ShapeError
+from learngene_hub.errors import SettingsError, ShapeError
 
 if TYPE_CHECKING:
     import torch
@@ -215,13 +215,14 @@ class ViTShape:
         Raises:
             BudgetError: it has more.
         """
-        if self.params() <= max_params:
-            return
-        empty = self.params() - self.depth * self._block_params()
-        depth = (max_params - empty) // self._block_params()
-        least = replace(self, depth=1).params()
-        fits = f"depth {depth} would fit" if depth >= 1 else f"at width {self.width} even depth 1 has {least:,}"
-        raise BudgetError(f"{self} asked: {self.params():,} parameters; at most {max_params:,} are allowed: {fits}")
+
+        def what_fits() -> str:
+            empty = self.params() - self.depth * self._block_params()
+            depth = (max_params - empty) // self._block_params()
+            least = replace(self, depth=1).params()
+            return f"depth {depth} would fit" if depth >= 1 else f"at width {self.width} even depth 1 has {least:,}"
+
+        _building.require_budget(self, max_params, what_fits)
 
     def _block_params(self) -> int:
         return replace(self, depth=2).params() - replace(self, depth=1).params()
@@ -255,26 +256,7 @@ class ViTShape:
         Raises:
             ShapeError: drop_path_rate is outside [0, 1).
         """
-        import timm
-        import torch
-
-        if not (is_number(drop_path_rate) and 0 <= drop_path_rate < 1):
-            raise ShapeError(f"drop_path_rate {drop_path_rate!r} asked; it must be at least 0 and below 1")
-        place = torch.device(device)
-        arguments = self.model_args()
-        if place.type == "meta":
-            arguments["weight_init"] = "skip"  # ten times as fast, and there is nothing to initialise
-        forked = [] if place.type in ("cpu", "meta") else [place.index or 0]
-        with torch.random.fork_rng(devices=forked, device_type=place.type if forked else "cuda"):
-            return timm.create_model(
-                ARCHITECTURE,
-                pretrained=False,
-                pretrained_cfg=self.pretrained_cfg(preprocessing),
-                num_classes=self.classes,
-                drop_path_rate=drop_path_rate,
-                device=place,
-                **arguments,
-            )  # type: ignore[return-value]
+        return _building.build(self, device=device, drop_path_rate=drop_path_rate, preprocessing=preprocessing)  # type: ignore[return-value]
 
     def model_args(self) -> dict[str, Any]:
         """What ``timm.create_model(ARCHITECTURE, num_classes=...)`` needs beside to build this shape; JSON values."""
@@ -325,7 +307,7 @@ class ViTShape:
 
     def keys(self) -> frozenset[str]:
         """The names of the built model's state dict."""
-        return _keys(self)
+        return _building.keys(self)
 
     def fresh(self, name: str, size: torch.Size, generator: torch.Generator) -> torch.Tensor:
         """timm's initialisation of one tensor of a ViT: truncated normal of 0.02 for weights, 0 for biases, 1 for
@@ -337,8 +319,3 @@ class ViTShape:
         if len(size) == 1:
             return torch.ones(size)
         return torch.nn.init.trunc_normal_(torch.empty(size), std=0.02, generator=generator)
-
-
-@lru_cache(maxsize=256)
-def _keys(shape: ViTShape) -> frozenset[str]:
-    return frozenset(shape.build(device="meta").state_dict())

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from learngene_hub._check import is_number
 from learngene_hub._fit import PRECISIONS, Run
+from learngene_hub._fit import learning as learning
 from learngene_hub._processes import process
 from learngene_hub._state import StateDir as StateDir
 from learngene_hub._state import Stateful as Stateful
@@ -117,7 +118,7 @@ def fit(
     extra: Stateful | None = None,
     device: torch.device | str | None = None,
 ) -> Iterator[Step]:
-    """Trains `model` in place; yields a `Step` after each update.
+    """Trains `model` in place; yields a `Step` after each update. It learns inside ``torch.no_grad`` too.
 
     Gradients are cleared when the next update begins, so those of the update just made can be read between steps, and
     gradients that the caller left behind do no harm. Parameters outside the groups get gradients but no update.

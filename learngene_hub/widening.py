@@ -31,7 +31,7 @@ from learngene_hub.factory import data_identity, expand
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods import Method, get_method
 from learngene_hub.shape import Preprocessing, Reach, ViTShape
-from learngene_hub.training import Recipe, StateDir, Step, fit
+from learngene_hub.training import Recipe, StateDir, Step, fit, learning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +104,7 @@ class Widening:
         return cls(**values)
 
 
+@learning()
 def widen(
     learngene: Learngene,
     data: Mapping[str, Images],

@@ -225,6 +225,92 @@ def _bad_metadata(good: bytes) -> Iterator[tuple[str, bytes]]:
         yield f"metadata text: {name}", put_together(top, inner, buffer)
 
 
+# What a stranger may put in place of a fact, or change of a mapping of facts.
+WRONG: dict[str, list[Any]] = {
+    "format": [0, -1, 2, 10**30, "1", True, 1.0],
+    "read_by": ["", "0.0.9"],
+    "method": ["", "nope", "../tiny", "os.system", "tiny\x1b[31m", "tiny\u202e"],
+    "settings": [{"unknown": 1}, {"speed": 0.25, "name": "x"}],
+    "license": ["MIT\nx", "\x1b[31m"],
+}
+WRONG_SHAPE: list[dict[str, Any]] = [
+    {"depth": 0},
+    {"depth": -1},
+    {"depth": True},
+    {"depth": 1.0},
+    {"depth": "1"},
+    {"depth": None},
+    {"depth": 10**9},
+    {"width": 8},
+    {"width": 10**400, "heads": 10**400},
+    {"width": 10**9, "heads": 7},
+    {"mlp_ratio": 4},
+    {"mlp_ratio": 1e308},
+    {"head_dim": 0},
+    {"image_size": 3},
+    {"pool": ["token"]},
+    {"pool": "nope"},
+    {"extra": 1},
+    {"kind": "vit"},
+    {"kind": "unknown"},
+    {"kind": "learngene_hub._conv"},
+    {"kind": "os.system"},
+    {"kind": 5},
+    {"kind": None},
+    {"kind": ["conv"]},
+    {"kind": "heads"},
+    {"kind": "stitched"},
+    {"kind": "conv"},
+]
+CONV = {
+    "kind": "conv", "family": "vgg", "head_hidden": 0, "head_kernel": 0, "image_size": 4, "in_chans": 3,
+    "classes": 0, "stages": [[4]],
+}  # fmt: skip
+WRONG_CONV: list[dict[str, Any]] = [  # the first is a network, but tiny grows plain ViTs
+    {},
+    {"family": "os.system"},
+    {"stages": [[10**9]]},
+    {"stages": [[10**400]]},
+    {"stages": [[4] * 8000]},
+    {"stages": {"a": {"b": 10**9}}},
+    {"stages": []},
+]
+WRONG_HEADS: list[Any] = [[2, 3], [10**9], [1] * 9000, "23", {"0": 2}]  # of each block
+WRONG_REACH: list[dict[str, Any]] = [
+    *({"depths": [1, 2], "widths": [4, 8, 4], "heads": heads} for heads in ([2, 1], [1], [1, 2**30], None, {"0": 1})),
+    *({"depths": [1, 2], "widths": [4, 8, 4], "routes": routes} for routes in (0, -1, True, "3", 2.0, 2**30, None)),
+    {"depths": [1, 2]},
+    {"depths": [2, 1], "widths": [4, 8, 4]},
+    {"depths": [1, 10**9], "widths": [4, 8, 4]},
+    {"depths": [1, 2], "widths": [4, 8, 0]},
+    {"depths": [1, 2], "widths": [4, 8]},
+    {"depths": [1, "2"], "widths": [4, 8, 4]},
+    {"depths": {"0": 1, "1": 2}, "widths": [4, 8, 4]},
+]
+WRONG_ANCESTOR: list[dict[str, Any]] = [
+    {"sha256": "0" * 63},
+    {"sha256": "Z" * 64},
+    {"name": 1},
+    {"name": "a\nb"},
+    {"path": "/etc"},
+]
+WRONG_PREPROCESSING: list[dict[str, Any]] = [
+    {"mean": []},
+    {"mean": "0.5"},
+    {"mean": ["0.5", "0.5", "0.5"]},
+    {"mean": [10**400, 0.5, 0.5]},
+    {"mean": [True, 0.5, 0.5]},
+    {"std": [0, 0, 0]},
+    {"std": [-0.0, 0.5, 0.5]},
+    {"std": [0.5]},
+    {"crop_pct": "0.9"},
+    {"crop_pct": 0},
+    {"crop_pct": 1.5},
+    {"interpolation": "os.system"},
+    {"x": 1},
+]
+
+
 def _bad_facts(good: bytes) -> Iterator[tuple[str, bytes]]:
     top, metadata, buffer = take_apart(good)
     for key in metadata:
@@ -232,102 +318,22 @@ def _bad_facts(good: bytes) -> Iterator[tuple[str, bytes]]:
         for value in (None, [], 7, "x\n", *([{"a": 1}] if key != "provenance" else [])):
             yield f"{key} is {value!r}", put_together(top, {**metadata, key: value}, buffer)
     yield "an unknown key", put_together(top, {**metadata, "url": "https://example.com"}, buffer)
-    wrong: dict[str, list[Any]] = {
-        "format": [0, -1, 2, 10**30, "1", True, 1.0],
-        "read_by": ["", "0.0.9"],
-        "method": ["", "nope", "../tiny", "os.system", "tiny\x1b[31m", "tiny\u202e"],
-        "settings": [{"unknown": 1}, {"speed": 0.25, "name": "x"}],
-        "license": ["MIT\nx", "\x1b[31m"],
-    }
-    wrong["shape"] = [
-        {**metadata["shape"], **change}
-        for change in (
-            {"depth": 0},
-            {"depth": -1},
-            {"depth": True},
-            {"depth": 1.0},
-            {"depth": "1"},
-            {"depth": None},
-            {"depth": 10**9},
-            {"width": 8},
-            {"width": 10**400, "heads": 10**400},
-            {"width": 10**9, "heads": 7},
-            {"mlp_ratio": 4},
-            {"mlp_ratio": 1e308},
-            {"head_dim": 0},
-            {"image_size": 3},
-            {"pool": ["token"]},
-            {"pool": "nope"},
-            {"extra": 1},
-            {"kind": "vit"},
-            {"kind": "unknown"},
-            {"kind": "learngene_hub._conv"},
-            {"kind": "os.system"},
-            {"kind": 5},
-            {"kind": None},
-            {"kind": ["conv"]},
-            {"kind": "heads"},
-            {"kind": "stitched"},
-            {"kind": "conv"},
-        )
-    ]
-    conv = {"kind": "conv", "family": "vgg", "head_hidden": 0, "head_kernel": 0, "image_size": 4, "in_chans": 3}
-    conv |= {"classes": 0, "stages": [[4]]}
-    wrong["shape"] += [  # the first is a network, but tiny grows plain ViTs
-        {**conv, **change}
-        for change in (
-            {},
-            {"family": "os.system"},
-            {"stages": [[10**9]]},
-            {"stages": [[10**400]]},
-            {"stages": [[4] * 8000]},
-            {"stages": {"a": {"b": 10**9}}},
-            {"stages": []},
-        )
-    ]
-    heads = {key: value for key, value in metadata["shape"].items() if key not in ("depth", "heads")} | {
-        "kind": "heads"
-    }
-    wrong["shape"] += [{**heads, "heads": counts} for counts in ([2, 3], [10**9], [1] * 9000, "23", {"0": 2})]
-    wrong["reach"] = [
-        *(
-            {"depths": [1, 2], "widths": [4, 8, 4], "heads": heads}
-            for heads in ([2, 1], [1], [1, 2**30], None, {"0": 1})
-        ),
-        *({"depths": [1, 2], "widths": [4, 8, 4], "routes": routes} for routes in (0, -1, True, "3", 2.0, 2**30, None)),
-        {"depths": [1, 2]},
-        {"depths": [2, 1], "widths": [4, 8, 4]},
-        {"depths": [1, 10**9], "widths": [4, 8, 4]},
-        {"depths": [1, 2], "widths": [4, 8, 0]},
-        {"depths": [1, 2], "widths": [4, 8]},
-        {"depths": [1, "2"], "widths": [4, 8, 4]},
-        {"depths": {"0": 1, "1": 2}, "widths": [4, 8, 4]},
-    ]
-    wrong["ancestor"] = [
-        {**metadata["ancestor"], **change}
-        for change in ({"sha256": "0" * 63}, {"sha256": "Z" * 64}, {"name": 1}, {"name": "a\nb"}, {"path": "/etc"})
-    ]
-    wrong["preprocessing"] = [
-        {**metadata["preprocessing"], **change}
-        for change in (
-            {"mean": []},
-            {"mean": "0.5"},
-            {"mean": ["0.5", "0.5", "0.5"]},
-            {"mean": [10**400, 0.5, 0.5]},
-            {"mean": [True, 0.5, 0.5]},
-            {"std": [0, 0, 0]},
-            {"std": [-0.0, 0.5, 0.5]},
-            {"std": [0.5]},
-            {"crop_pct": "0.9"},
-            {"crop_pct": 0},
-            {"crop_pct": 1.5},
-            {"interpolation": "os.system"},
-            {"x": 1},
-        )
-    ]
-    for key, values in wrong.items():
+    for key, values in (WRONG | _wrong_mappings(metadata)).items():
         for value in values:
             yield f"{key} is {value!r}", put_together(top, {**metadata, key: value}, buffer)
+
+
+def _wrong_mappings(metadata: dict[str, Any]) -> dict[str, list[Any]]:
+    """Facts that are mappings, with one thing wrong in each."""
+    shape = metadata["shape"]
+    heads = {key: value for key, value in shape.items() if key not in ("depth", "heads")} | {"kind": "heads"}
+    shapes = [{**shape, **change} for change in WRONG_SHAPE] + [{**CONV, **change} for change in WRONG_CONV]
+    return {
+        "shape": shapes + [{**heads, "heads": counts} for counts in WRONG_HEADS],
+        "reach": WRONG_REACH,
+        "ancestor": [{**metadata["ancestor"], **change} for change in WRONG_ANCESTOR],
+        "preprocessing": [{**metadata["preprocessing"], **change} for change in WRONG_PREPROCESSING],
+    }
 
 
 def _bad_tensors(good: bytes) -> Iterator[tuple[str, bytes]]:

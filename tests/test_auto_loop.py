@@ -85,6 +85,17 @@ def vgg() -> Setting:
     return Setting(body, ancestor, [3, 4], noise(4, 3, 8, 8, seed=2).double(), noise(5, 3, 8, 8, seed=3).double())
 
 
+def resnet() -> Setting:
+    """With shortcuts, and a map that is resized."""
+    shape = ConvShape(family="resnet", stages=((3,), (4,), (4,), (5,)), image_size=16, classes=3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        body = ResNetFeatures(shape.build())
+    ancestor = [noise(4, 6, 4, 4, seed=6).double(), noise(4, 7, 2, 2, seed=7).double()]
+    x, meta = noise(6, 3, 16, 16, seed=2).double(), noise(4, 3, 16, 16, seed=3).double()
+    return Setting(body, ancestor, [3, 4, 4, 5], x, meta)
+
+
 # The derivatives of phi -----------------------------------------------------------------------------------------------
 
 
@@ -103,7 +114,7 @@ def test_the_gradient_of_phi_is_that_of_differences_on_a_two_layer_toy(steps: in
             assert float(gradient.view(-1)[index]) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5, abs=1e-9)
 
 
-@pytest.mark.parametrize("make", [vit, vgg])
+@pytest.mark.parametrize("make", [vit, vgg, resnet])
 def test_the_gradient_of_phi_is_that_of_differences_on_whole_networks(make: Callable[[], Setting]) -> None:
     """Along a random direction of every parameter at once."""
     setting = make()
@@ -163,7 +174,7 @@ def reverse(setting: Setting, inner: Inner, rate: float, *, curved: bool) -> lis
     return list(torch.autograd.grad(lambdas, list(setting.phi.parameters()), a_lambda))
 
 
-@pytest.mark.parametrize("make", [toy, vit, vgg])
+@pytest.mark.parametrize("make", [toy, vit, vgg, resnet])
 @pytest.mark.parametrize("order", [2, 1])
 def test_both_orders_are_the_reverse_pass_by_hand(make: Callable[[], Setting], order: int) -> None:
     """Order 1 leaves the second derivative by w out, and nothing else; so the two differ."""

@@ -29,6 +29,7 @@ from learngene_hub.shape import Reach, ViTShape
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))  # scripts, not a package
 
+import _pages  # noqa: E402
 import write_numbers  # noqa: E402
 
 FACTS: dict[str, Any] = {
@@ -449,6 +450,23 @@ def test_the_readmes_results_are_current() -> None:
     assert readme.count(write_numbers.BEGIN) == readme.count(write_numbers.END) == 1
     between = readme.split(write_numbers.BEGIN)[1].split(write_numbers.END)[0]
     assert between == f"\n{write_numbers.readme_part()}\n", "make numbers"
+    page = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    assert page == write_numbers.results_page(), "make numbers"
+
+
+def test_the_page_of_results_links_to_what_is_there() -> None:
+    page = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", page)
+    assert links and all((ROOT / "benchmarks" / link).is_file() for link in links)
+
+
+def test_a_paired_difference_becomes_a_row() -> None:
+    gap = {"mean": -0.911, "se": 1.008, "n": 18}
+    line = _pages.Line(what="`sws`", less="`net2net`", where="there", gap=gap)
+    assert line.cells() == ["`sws`", "`net2net`", "there", "-0.9 ± 1.0", "18"]
+    once = _pages.Line(what="a", less="b", where="c", gap={"mean": 2.0, "se": None, "n": 1})
+    assert once.cells()[3:] == ["+2.0", "1"]
+    assert _pages.brief(lambda name: None) == ""
 
 
 @pytest.fixture
@@ -461,6 +479,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "registry.yaml").write_text(json.dumps([made]))
     (tmp_path / "README.md").write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
     (tmp_path / "results").mkdir()
+    (tmp_path / "benchmarks").mkdir()
     results = RESULTS | {"digests": {"rows": "a" * 64, "lsamd-base": learngene.digest}}
     (tmp_path / "results" / "transfer.json").write_text(json.dumps(results))
     monkeypatch.setattr(write_numbers, "ROOT", tmp_path)

@@ -59,6 +59,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "seed": 5,
     },
     "tleg": {"epochs": 2, "batch_size": 30, "crop_padding": 2, "lr": 1e-2, "seed": 5},
+    "adaptive": {"components": 3},
     "ldr": {"phases": [1, 2], "epochs": 1, "batch_size": 30, "crop_padding": 2, "labels": 0.0, "lr": 1e-2, "seed": 5},
     "sws": {"stages": [2, 2], "epochs": 2, "batch_size": 30, "crop_padding": 2, "lr": 1e-2, "seed": 5},
     "lets": {

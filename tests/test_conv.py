@@ -258,6 +258,21 @@ def test_other_models_are_refused_by_name(name: str, arguments: dict[str, Any], 
         ConvShape.of(timm.create_model(name, device="meta", **arguments))
 
 
+@pytest.mark.parametrize(
+    "size",
+    ["64", [3, "64", "64"], [3, 64, -1], [3, 64, 64.5], [64], [], 64, {"height": 64}, [3, True, True], [[3]] * 3],
+)
+def test_an_input_size_that_is_none_is_an_error_of_ours(size: Any) -> None:
+    """A stranger's config may say anything; a model without one is of timm's 224 px."""
+    model: Any = RESNET.build()
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": size}
+    with pytest.raises(ShapeError, match=r"^input_size .* given; \[3, 224, 224\] would work$"):
+        ConvShape.of(model)
+    for cfg in ({}, None, {"input_size": None}):
+        model.pretrained_cfg = cfg
+        assert ConvShape.of(model).image_size == 224
+
+
 def test_a_vit_is_no_cnn_and_a_cnn_no_vit() -> None:
     vit = ViTShape(depth=1, width=8, heads=1, patch=8, image_size=16)
     with pytest.raises(ShapeError, match="VisionTransformer given"):

@@ -7,7 +7,7 @@ from learngene_hub import Descendant, Recipe, evaluate, finetune, load_images
 
 def accuracy_after(model: Descendant, lr: float) -> float:
     train, test = (load_images("signdigits", split=split, size=64) for split in ("train", "test"))
-    for _ in finetune(model.timm_model, train, recipe=Recipe(epochs=2, lr=lr, precision="bf16")):
+    for _ in finetune(model.timm_model, train, recipe=Recipe(epochs=2, lr=lr)):
         pass
     return evaluate(model.timm_model, test).accuracy
 

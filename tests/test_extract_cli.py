@@ -4,6 +4,7 @@ progress where nobody watches, and what --resume says."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,33 @@ def test_a_cnn_teaches_each_of_the_four(here: Path, method: str, more: list[str]
     )  # fmt: skip
     assert learngene.ancestor["source"] == "./cnn" and told["images_seen"] == 16
     assert told["flops"] == 16 * learngene.shape.flops()
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "deep"),
+    [
+        ("lets", ["depth=4", "learngene_depth=2", "learngene_width=32", "mlp_ratio=4"], "depth=N"),
+        ("sws", ["stages=[2,2]"], "stages=[N,N]"),
+    ],
+)
+def test_an_auxiliary_much_larger_than_the_ancestor_is_told_before_it_is_trained(
+    here: Path, method: str, more: list[str], deep: str
+) -> None:
+    vit = ViTShape(depth=1, width=32, heads=2, patch=8, image_size=32, classes=2)
+    saved(build_pico(vit), "vit")
+    base = ["epochs=1", "batch_size=8", "crop_padding=2", "head_dim=16", "patch=8", "layout=token", "teacher_size=32"]
+    asked = ["extract", method, "vit", *DATA]
+    pairs = [*base, "drop_path=0", "teacher=once", "mixup=0", "cutmix=0", *more]
+    large = run(*asked, *(f"--set={pair}" for pair in (*pairs, "width=64")))
+    assert large.exit_code == 0, large.stderr
+    shape = replace(vit, depth=4, width=64, heads=4, classes=0)
+    times, own = round(shape.params() / vit.params()), f"{vit.params():,}"
+    lines = large.stderr.splitlines()
+    told = next(line for line in lines if "trains an auxiliary" in line)
+    assert f"of 4x64: {shape.params():,} parameters, {times} times the ancestor's {own}; --set {deep}" in told
+    assert lines.index(told) < next(i for i, line in enumerate(lines) if "epoch" in line or "Next" in line)
+    small = run("extract", "tleg", "vit", *DATA[:-1], "small", *(f"--set={pair}" for pair in base))
+    assert small.exit_code == 0 and "auxiliary" not in small.stderr
 
 
 def test_a_name_of_timms_takes_weights_from_a_file(here: Path) -> None:

@@ -181,7 +181,7 @@ def test_a_grown_cnn_trains(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CNNS)
-def test_the_tasks_train_a_copy_and_not_the_ancestor(kind: str) -> None:
+def test_pitfall_4_the_tasks_train_a_copy_and_not_the_ancestor(kind: str) -> None:
     """Pitfall 4: what is trained is never the object that was given, running statistics included."""
     ancestor = copy.deepcopy(ancestor_of(kind)).train()
     before = {name: tensor.clone() for name, tensor in ancestor.state_dict().items()}
@@ -199,7 +199,7 @@ def test_the_tasks_train_a_copy_and_not_the_ancestor(kind: str) -> None:
     assert len(rho) == 2 and len(rho[0]) == len(cut.units(CNNS[kind])) and any(value > 0 for value in rho[0])
 
 
-def test_training_one_descendant_leaves_the_others_alone() -> None:
+def test_pitfall_4_training_one_descendant_leaves_the_others_alone() -> None:
     """Pitfall 4, in the target phase: task 2 began with task 1's weights, as both were one object."""
     learngene = extracted("vgg")
     first, second = (factory.expand(learngene, num_labels=3) for _ in range(2))

@@ -124,7 +124,7 @@ def test_a_curve_keeps_tasks_and_epochs_apart_and_stays_small() -> None:
 # Tasks and the collective ---------------------------------------------------------------------------------------------
 
 
-def test_all_tasks_share_five_logits_does_not_happen() -> None:
+def test_pitfall_5_all_tasks_share_five_logits() -> None:
     """Pitfall 5: each class has an output of its own, and a task moves those of its own classes alone."""
     images = pictures(classes=6)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 6))
@@ -158,7 +158,7 @@ def test_outputs_of_other_classes_stay_as_they_are_to_the_last_bit() -> None:
         assert torch.equal(old[place], new[place]) == (name not in named), name
 
 
-def test_the_softmax_pitfall_is_not_in_the_loss() -> None:
+def test_pitfall_2_a_softmax_before_the_cross_entropy() -> None:
     """Pitfall 2: cross-entropy of a softmax cannot fall below ln(e + C - 1) - 1 = 3.40 at C = 80; ours falls to 0."""
     perfect = torch.full((1, 80), -1e4)
     perfect[0, 3] = 1e4
@@ -221,7 +221,7 @@ def test_a_small_collective_grows_learns_and_is_an_ancestor() -> None:
 # The anchor ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_anchor_is_really_applied() -> None:
+def test_pitfall_1_the_anchor_is_always_zero() -> None:
     """Pitfall 1: in the released code it is 0 after a unit shift. By hand: lambda / 2 sum F 1^2."""
     model = nn.Linear(2, 3)
     fisher = {"weight": torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), "bias": torch.tensor([0.5, 0.25, 0.25])}
@@ -294,7 +294,7 @@ def test_the_stored_fisher_is_that_of_the_ancestor() -> None:
         anchor(extracted("vit"), grown)
 
 
-def test_an_anchor_that_could_not_work_is_refused() -> None:
+def test_pitfall_1_an_anchor_that_could_not_work_is_refused() -> None:
     """Pitfall 1 again: a missing tensor is an error, never a silent 0."""
     model, fisher = nn.Linear(2, 3), {"weight": torch.ones(3, 2)}
     with pytest.raises(SettingsError, match="fisher of bias is none; the parameter is"):

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from kinds import OURS, SHAPES, grown_from, model_of, pixels
+from safetensors.torch import load_file
+from timm.layers.attention import Attention
+from timm.models._hub import save_for_hf
+from timm.models.vision_transformer import VisionTransformer
 from transformers import AutoModelForImageClassification
 
 from learngene_hub import factory
+from learngene_hub._heads import HeadsShape
 from learngene_hub.descendant import Descendant, wrap
 from learngene_hub.errors import BudgetError, SettingsError
 from learngene_hub.shape import IMAGENET, shape_of
@@ -64,6 +71,47 @@ for each in ours:
         except (RuntimeError, ImportError) as error:
             print(f"{type(error).__name__}: {error}")
 """
+
+
+@everywhere
+def test_a_model_that_timm_saves_after_tuning_is_loaded_again(kind: str, tmp_path: Path) -> None:
+    """By timm's own ``save_for_hf``, which writes what the model was built with, as ``expand`` builds it."""
+    model = model_of(kind)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    read = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    own = Descendant.from_pretrained(tmp_path).timm_model
+    assert shape_of(read) == shape_of(own) == SHAPES[kind]
+    with torch.no_grad():
+        want = model(pixels())
+        assert torch.equal(read(pixels()), want) and torch.equal(own(pixels()), want)
+
+
+class Wide(Attention):
+    """timm's own layer with the head_dim of ``SHAPES``."""
+
+    def __init__(self, dim: int, **more: Any) -> None:
+        super().__init__(dim, attn_head_dim=32, **more)
+
+
+def test_heads_of_one_number_are_read_by_timm_alone_with_its_attention_layer(tmp_path: Path) -> None:
+    """What ``_heads.py`` says of timm: an attention dimension is no argument of the model, but one of its layer."""
+    shape = HeadsShape(width=64, heads=(4, 4), head_dim=32, patch=8, image_size=32, classes=7)
+    model = shape.build().eval()
+    wrap(model, preprocessing=IMAGENET).save_pretrained(tmp_path)
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 64,
+        "depth": 2,
+        "num_heads": 4,
+        "num_classes": 7,
+    }
+    plain = timm.create_model("vit_tiny_patch16_224", attn_layer=Wide, **sizes).eval()
+    assert type(plain) is VisionTransformer
+    plain.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    with torch.no_grad():
+        assert torch.equal(plain(pixels()), model(pixels()))
+    assert not {"attn_dim", "attn_head_dim", "head_dim"} & set(inspect.signature(VisionTransformer).parameters)
 
 
 def test_a_resnet_needs_no_learngene_hub_and_our_architectures_say_that_they_do(tmp_path: Path) -> None:

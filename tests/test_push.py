@@ -165,10 +165,38 @@ def test_an_asked_licence_becomes_part_of_the_file(hub: Hub) -> None:
     assert pull_learngene(pushed.uri).license == "CC-BY-4.0"
 
 
+@pytest.mark.parametrize(
+    ("license", "hint"),
+    [
+        ("nonsense", "; an identifier"),
+        ("apache-2", "did you mean 'apache-2.0'?"),
+        ("MIT AND nonsense", "; an identifier"),
+        ("MIT OR", "; an identifier"),
+        ("MIT OR\nApache-2.0", "would work"),
+        ("CC-BY-5.0", "did you mean 'cc-by-"),
+        ("Apache 2.0", "did you mean 'apache-2.0'?"),
+    ],
+)
+def test_what_is_no_licence_is_refused(license: str, hint: str, hub: Hub) -> None:
+    with pytest.raises(SettingsError, match="neither SPDX nor the Hub knows") as told:
+        push(pico(license=""), REPO, license=license)
+    assert repr(license) in str(told.value) and hint in str(told.value)
+    one_line(told.value)
+    assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    "license",
+    ["other", "mit", "llama2", "openrail++", "0BSD", "GPL-2.0-or-later", "LicenseRef-Ours", "MIT OR Apache-2.0"],
+)
+def test_licences_of_the_hub_and_of_spdx_pass(license: str, hub: Hub) -> None:
+    assert push(pico(license=""), REPO, license=license).license == license
+
+
 def test_licences_that_contradict_each_other_or_are_none(hub: Hub) -> None:
     with pytest.raises(SettingsError, match="license 'MIT' asked; the artefact says 'Apache-2.0'"):
         push(pico(), REPO, license="MIT")
-    with pytest.raises(SettingsError, match="SPDX identifier"):
+    with pytest.raises(SettingsError, match="neither SPDX nor the Hub knows"):
         push(pico(license=""), REPO, license="my own: ask me\nplease")
     assert not hub.requests
     assert push(pico(), REPO, license="apache-2.0").sha256 == pico().digest  # the same one: the file stays as it is

@@ -65,7 +65,7 @@ def test_the_function_is_kept_over_a_flattened_map() -> None:
 
 
 @torch.no_grad()
-def test_the_statistics_of_every_new_channel_are_copied() -> None:
+def test_pitfall_3_the_statistics_of_new_channels_are_not_copied() -> None:
     """Pitfall 3: all new channels but the last had running statistics of uninitialised memory; their features were
     NaN."""
     model = trained(SMALL)

@@ -14,6 +14,8 @@ from types import MappingProxyType
 from typing import Any
 
 from learngene_hub.errors import SettingsError
+from learngene_hub.methods._words import growth_of, words
+from learngene_hub.methods.adaptive import Adaptive
 from learngene_hub.methods.auto import Auto
 from learngene_hub.methods.base import (
     Constrainable,
@@ -58,6 +60,7 @@ BUILT_IN: Mapping[str, type] = MappingProxyType(
             LearngenePool,
             SnNet,
             Cluster,
+            Adaptive,
         )
     }
 )
@@ -167,9 +170,11 @@ __all__ = [
     "Resumable",
     "Taught",
     "get_method",
+    "growth_of",
     "is_constrainable",
     "is_planning",
     "is_resumable",
     "is_taught",
     "require_ancestor",
+    "words",
 ]

@@ -164,6 +164,11 @@ class Convs:
             raise ShapeError(f"heads {heads} asked; this learngene grows a {self.native.family}, which has none")
         if width not in (None, self.native.width):
             raise ShapeError(f"width {width} asked; auto keeps a CNN's channels: width {self.native.width} would work")
+        if self.native.depth < (depth or 0) <= 2 * self.native.depth:
+            raise ShapeError(
+                f"depth {depth} asked; auto reaches a CNN's own depth: {self.native.depth} would work, and a "
+                f"learngene of heuristic can grow up to {2 * self.native.depth}"
+            )
         learngene.reach.require(depth or self.least, self.native.width)
         return self.skeleton(
             depth or self.least,

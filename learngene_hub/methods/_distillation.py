@@ -6,13 +6,16 @@ here the cosine ends at 0, theirs at 1e-5.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import nn
 
 from learngene_hub import transforms
 from learngene_hub._check import is_number, require_int
-from learngene_hub.data import Augment
+from learngene_hub.data import Augment, Images
 from learngene_hub.errors import SettingsError
 from learngene_hub.methods._whole import require_choice
+from learngene_hub.shape import ViTShape
 from learngene_hub.training import Recipe
 
 LAYOUTS = ("ancestor", "avg", "token")
@@ -25,33 +28,33 @@ class Distillation:
 
     # The auxiliary; 0, or "ancestor": what the ancestor has, which is then a plain ViT.
     width: int = 0  # channels
-    head_dim: int = 0
+    head_dim: int = 0  # channels per head
     mlp_ratio: float = 0.0  # 0: the ancestor's, or 4 where that is no plain ViT
     patch: int = 0  # pixels
     layout: str = "ancestor"  # a class "token", or the average ("avg") of the patch tokens without one
     start: str = "random"  # random, as published; or "ancestor": out of the weights of a plain ViT (addition)
     # Its training.
     epochs: int = 100  # passes over the images
-    batch_size: int = 512
+    batch_size: int = 512  # images per update
     lr: float = 5e-4  # peak
     weight_decay: float = 0.05  # of tensors of two and more dimensions
     warmup: float = 0.05  # share of the updates in which the rate rises
     clip: float = 0.0  # largest norm of the whole gradient; 0: any
-    drop_path: float = 0.0
+    drop_path: float = 0.0  # of the last block, rising from 0 at the first
     distil: float = 1.0  # weight of the distillation
     labels: float = 0.0  # weight of the labels; above 0 the data's classes are the teacher's
     temperature: float = 1.0  # tau
-    label_smoothing: float = 0.1
+    label_smoothing: float = 0.1  # of the labels, where they count
     teacher: str = "once"  # the teacher sees each image once, as it is; or "live": each batch as the auxiliary sees it
     teacher_size: int = 0  # pixels at which it sees them; 0: its own image size
-    flip: bool = True
+    flip: bool = True  # mirror images at random
     crop_padding: int = 4  # pixels by which a random crop moves
-    color: float = 0.0
-    erase: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    precision: str = "fp32"
-    seed: int = 0
+    color: float = 0.0  # largest change of brightness, contrast and saturation
+    erase: float = 0.0  # share of the images that lose a rectangle
+    mixup: float = 0.0  # a of the Beta(a, a) that two images are blended by
+    cutmix: float = 0.0  # a of the Beta(a, a) that the pasted area is drawn from
+    precision: str = "fp32"  # of the training: fp32, bf16, fp16
+    seed: int = 0  # of every random draw
 
     def __post_init__(self) -> None:
         require_choice("layout", self.layout, LAYOUTS)
@@ -71,6 +74,21 @@ class Distillation:
         if self.teacher == "once" and (self.mixup or self.cutmix):
             raise SettingsError("mixup or cutmix asked with teacher 'once', which sees no mixed images: 'live' does")
         self.recipe()
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the auxiliary; 0: the ancestor's."""
+        return getattr(self, "depth", 0)
+
+    def auxiliary(self, ancestor: nn.Module, images: Images) -> ViTShape:
+        """The shape that would be trained on ``images``, with the classes of a classifier of its own left out.
+
+        Raises:
+            SettingsError, ShapeError: there is none.
+        """
+        from learngene_hub.methods._lesson import auxiliary_shape  # which looks at the settings of this file
+
+        return replace(auxiliary_shape(self, ancestor, images, self.blocks), classes=0)
 
     def recipe(self, seed: int | None = None) -> Recipe:
         """The recipe of one training run.
@@ -95,8 +113,7 @@ class ResizedDistillation(Distillation):
 
     # Growth.
     form: str = "copy"  # the width transform's form; the papers vary depth alone
-    # The classifier: fresh; or "inherit", the auxiliary's, which is then stored, where there are as many classes.
-    head: str = "fresh"
+    head: str = "fresh"  # the classifier; or "inherit": the auxiliary's, then stored, where there are as many classes
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,7 +26,10 @@ def plan_plain(
     """
     native: ViTShape = learngene.shape
     depth, width = depth or native.depth, width or native.width
-    learngene.reach.require(depth, width)
+    try:
+        learngene.reach.require(depth, width)
+    except ShapeError as error:
+        raise ShapeError(f"{error}{_others(native, depth, width)}") from None
     shape = replace(
         native,
         depth=depth,
@@ -40,6 +43,17 @@ def plan_plain(
         told = f"{heads} heads" if isinstance(heads, int) else f"heads {', '.join(map(str, heads))}"
         raise ShapeError(
             f"{told} asked at width {width}; this learngene's heads are {native.head_dim} wide: {shape.heads} heads "
-            "would work"
+            f"would work{_others(native, depth, width, heads=True)}"
         )
     return shape
+
+
+def _others(native: ViTShape, depth: int, width: int, *, heads: bool = False) -> str:
+    """Whose learngenes of the same ancestor have this size, or other heads at this size; "" where none has."""
+    if heads:
+        fits = width == native.width and depth <= native.depth
+        return ", and a learngene of cluster can grow any number of heads at this width" if fits else ""
+    step = native.head_dim
+    if not 1 <= depth <= 2 * native.depth or not step <= width <= 4 * native.width or width % step:
+        return ""
+    return f", and a learngene of {'net2net or lsamd' if depth > 1 else 'net2net'} can grow {depth}x{width}"

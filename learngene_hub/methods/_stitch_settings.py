@@ -27,6 +27,7 @@ class Stitching:
     """The settings that the two methods have in common, and how they grow. The second stage, of the whole pool, has the
     plain names."""
 
+    growth: ClassVar[frozenset[str]] = frozenset({"route", "head"})
     nearest: ClassVar[bool]  # neighbours alone are stitched
     unlabelled: ClassVar[str] = "labels=0"  # the settings with which no label counts
 
@@ -42,23 +43,23 @@ class Stitching:
     soft: bool = True  # KL(teacher || student); False: the class that the teacher names
     temperature: float = 1.0  # of both in the KL
     reduction: str = "batchmean"  # of a soft loss: per image; "published": divided by the classes as well
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0  # of the labels
     teacher_size: int = 0  # pixels at which the teacher sees the images; 0: its own
     init: str = "least-squares"  # of the linear layers
-    init_images: int = 100
+    init_images: int = 100  # that least squares are taken over
     sampling: str = "uniform"  # one route of all; "flops": a group of like cost, then a route in it
     flops_gap: float = 1e9  # multiply-adds above the cheapest of a group at which the next one opens
     tune: str = "all"  # the parameters that learn with the pool; "stitches": the linear layers and the class tokens
-    drop_path: float = 0.0
-    flip: bool = True
-    crop_padding: int = 4
-    color: float = 0.0
-    erase: float = 0.25
-    mixup: float = 0.8
-    cutmix: float = 1.0
+    drop_path: float = 0.0  # of the last block, rising from 0 at the first
+    flip: bool = True  # mirror images at random
+    crop_padding: int = 4  # pixels by which a random crop moves
+    color: float = 0.0  # largest change of brightness, contrast and saturation
+    erase: float = 0.25  # share of the images that lose a rectangle
+    mixup: float = 0.8  # a of the Beta(a, a) that two images are blended by
+    cutmix: float = 1.0  # a of the Beta(a, a) that the pasted area is drawn from
     held_out: float = 0.05  # share of the images that nothing learns from, for the table; 0: measured on all of them
-    precision: str = "fp32"
-    seed: int = 0
+    precision: str = "fp32"  # of the training: fp32, bf16, fp16
+    seed: int = 0  # of every random draw
     # Growth.
     route: int = -1  # the number of the route that is grown; -1: by depth, width and parameters
     head: str = "inherit"  # the instance's, where the classes are as many; or "fresh"

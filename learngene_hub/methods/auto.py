@@ -63,16 +63,17 @@ class Auto:
         "the ancestor's are its addition. Blocks above the inherited ones are fresh."
     )
     groups: ClassVar[frozenset[str]] = frozenset({"stem", "block", "search"})
+    growth: ClassVar[frozenset[str]] = frozenset({"form"})
 
     # The search.
     order: int = 2  # of the derivatives by which phi learns: 2 as published; 1 is an approximation
-    epochs: int = 100
-    batch_size: int = 64
+    epochs: int = 100  # passes over the images
+    batch_size: int = 64  # images per update
     lr: float = 0.1  # of the pseudo descendant: SGD, falling along a cosine
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    momentum: float = 0.9  # of the pseudo descendant's SGD
+    weight_decay: float = 1e-4  # of the pseudo descendant
     meta_lr: float = 1e-4  # of phi: Adam
-    meta_weight_decay: float = 1e-4
+    meta_weight_decay: float = 1e-4  # of phi
     inner_steps: int = 0  # T, steps on the match term alone; 0: as published, 2 of a ViT, 5 of a CNN
     match: float = 0.0  # c, weight of the match term; 0: as published, 0.1 of a ViT, 1 of a CNN
     meta_batch: int = 0  # images of the fixed batch of the match term; 0: as many as of any other
@@ -80,7 +81,7 @@ class Auto:
     pseudo_depth: int = 0  # blocks of the pseudo descendant of a ViT; 0: half the ancestor's
     flip: bool = True  # mirror images at random
     crop_padding: int = 4  # pixels by which a random crop moves
-    seed: int = 0
+    seed: int = 0  # of every random draw
     # What is kept.
     keep: int = 0  # groups; 0: of a ViT half of them, of a CNN all but the weakest
     score: str = "sum"  # of a group m: the sum over n of S_mn, or the "max"

@@ -18,10 +18,14 @@ from learngene_hub.training import StateDir, Step
 
 @runtime_checkable
 class Method(Protocol):
-    """One published method: a frozen dataclass whose fields are its settings.
+    """One published method: a frozen dataclass whose fields are its settings, each with a comment at the end of its
+    line that says what it is: `learngene methods NAME` prints it.
 
     ``expand`` is pure and differentiable: it maps the learngene's tensors to the state dict of the timm model of
     ``shape``, and ``None`` marks what stays at its fresh initialisation. It returns every key of that model.
+
+    A method may declare ``growth``, a ClassVar with the names of the settings that act when a learngene grows: any
+    other is then refused there. Without it all are taken.
     """
 
     name: ClassVar[str]

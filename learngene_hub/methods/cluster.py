@@ -66,6 +66,7 @@ class Cluster:
     paper: ClassVar[str] = "https://openreview.net/forum?id=92vVuJVLVW"
     note: ClassVar[str] = "Width is the ancestor's; heads and depth vary. Evenly spaced depth is an addition."
     groups: ClassVar[frozenset[str]] = frozenset({"stem", "block", "ffn", "psi", "tail"})
+    growth: ClassVar[frozenset[str]] = frozenset({"select", "schedule"})
 
     # Measuring. The ancestor sees the images at ``size``, its position embeddings resampled.
     eps: float = 10 / 224  # largest gap within a cluster, as a share of the side of the images
@@ -76,10 +77,10 @@ class Cluster:
     )
     # The maps of the FFN groups.
     psi_epochs: int = 3  # passes over the images; 0: no maps, regenerated FFNs are copies
-    psi_lr: float = 3e-3
-    batch_size: int = 64
-    precision: str = "fp32"
-    seed: int = 0
+    psi_lr: float = 3e-3  # peak
+    batch_size: int = 64  # images per update
+    precision: str = "fp32"  # of the training: fp32, bf16, fp16
+    seed: int = 0  # of every random draw
     # Growth.
     select: str = "first"  # the layers of a smaller depth: the first, or "even"ly spaced ones
     schedule: str = "same"  # heads over the blocks; "decrementing", "incrementing": a half, three quarters, all

@@ -64,6 +64,7 @@ class Front:
     name: ClassVar[str] = "front"
     paper: ClassVar[str] = "https://arxiv.org/abs/2603.07523"
     groups: ClassVar[frozenset[str]] = frozenset({"stem", "stack", "tail", "stat"})
+    growth: ClassVar[frozenset[str]] = frozenset({"scale", "attention", "statistics"})
 
     scale: str = "released"  # the amplitude at another size: orthonormal, released, ratio, amplitude
     attention: str = "joint"  # outputs of qkv: one axis; "split": one each of q, k, v; "heads": whole heads (additions)

@@ -68,22 +68,23 @@ class Heuristic:
         "ViTs, ResNets, and widths other than the ancestor's are this project's reading; the paper has VGGs."
     )
     groups: ClassVar[frozenset[str]] = frozenset({"stem", "block", "conv", "tail", "fisher"})
+    growth: ClassVar[frozenset[str]] = frozenset({"stem", "form", "front", "head_hidden"})
 
     last_k: int = 3  # layers kept: blocks of a ViT, convolutions of a CNN
     choice: str = "last"  # the last ones, as published; or "calmest": those of the best score of rho, in a row
     fisher: int = 0  # images that the Fisher information of the kept layers is estimated from; 0: none is stored
     # The tasks whose gradients are measured, each trained for ``epochs``.
     tasks: int = 0  # 0: nothing is measured, and nothing trained
-    classes_per_task: int = 5
-    epochs: int = 1
-    batch_size: int = 64
-    lr: float = 1e-3
-    weight_decay: float = 5e-4
+    classes_per_task: int = 5  # drawn from those of the data
+    epochs: int = 1  # passes over the images of each task
+    batch_size: int = 64  # images per update
+    lr: float = 1e-3  # constant
+    weight_decay: float = 5e-4  # of tensors of two and more dimensions
     sigma: float = 0.0  # threshold of |gradient|; 0: the quantile of the first updates' gradients
-    quantile: float = 0.9
-    flip: bool = True
-    crop_padding: int = 4
-    seed: int = 0
+    quantile: float = 0.9  # of |gradient|, for sigma 0
+    flip: bool = True  # mirror images at random
+    crop_padding: int = 4  # pixels by which a random crop moves
+    seed: int = 0  # of every random draw
     # Growth.
     stem: str = "fresh"  # of a ViT: random; or "inherit": the ancestor's, which is then stored too
     form: str = "copy"  # of a ViT: the width transform's form; the method itself varies depth alone

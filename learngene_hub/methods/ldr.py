@@ -57,12 +57,13 @@ class Ldr(ResizedDistillation):
     paper: ClassVar[str] = "https://openreview.net/forum?id=Yhd0yzC8yD"
     note: ClassVar[str] = "Widths other than the auxiliary's are an addition of this project; the paper varies depth."
     groups: ClassVar[frozenset[str]] = frozenset({"stem", "component", "phase", "tail", "head"})
+    growth: ClassVar[frozenset[str]] = frozenset({"form", "head", "components"})
 
     lr: float = 8e-4
     labels: float = 1.0
     label_smoothing: float = 0.0
     depth: int = 0  # blocks of the auxiliary; 0: the ancestor's
-    basis: str = "chebyshev"
+    basis: str = "chebyshev"  # functions of depth: chebyshev, taylor, legendre, fourier
     order_offset: int = 1  # component n takes the function of order n - 1 + order_offset: 1 as published, 0 as in TLEG
     phases: tuple[int, ...] = (1, 2, 4, 8, 12)  # components at the end of each phase; one number: all at once
     added: str = "zeros"  # where new components start: zeros, or "normal": Linear weights from a normal of 0.02

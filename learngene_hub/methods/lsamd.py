@@ -55,6 +55,7 @@ class Lsamd:
         "A depth beyond the stored blocks repeats them."
     )
     groups: ClassVar[frozenset[str]] = frozenset({"stem", "block", "tail", "search", "width"})
+    growth: ClassVar[frozenset[str]] = frozenset({"select", "fill", "repeat", "form"})
 
     # The super ancestor.
     adapter: str = "bottleneck"  # a data set's adapter: bottleneck, or linear
@@ -68,7 +69,7 @@ class Lsamd:
     batch_size: int = 512  # images per update, shared among the data sets as the square roots of their sizes
     base_lr: float = 5e-5  # peak, of the base blocks, stem and last norm
     lr: float = 5e-4  # peak, of specific blocks, adapters and heads
-    weight_decay: float = 0.05
+    weight_decay: float = 0.05  # of tensors of two and more dimensions
     clip: float = 1.0  # norm of the gradient
     alpha_lr: float = 3e-3  # Adam, of the path logits
     alpha_every: int = 1  # updates between two steps of the path logits
@@ -76,7 +77,7 @@ class Lsamd:
     warmup_share: float = 0.2  # phase A: uniform paths
     search_share: float = 0.6  # phase B: bilevel; the rest trains the found paths
     tau_start: float = 5.0  # temperature of the Gumbel softmax, falling exponentially
-    tau_end: float = 0.1
+    tau_end: float = 0.1  # what it falls to
     specific_share: float = 0.35  # s*: the dual control steers the mean share of specific blocks to it
     control_rate: float = 0.05  # eta of the dual control, per epoch
     control_limit: float = 0.5  # bound of |lambda|
@@ -96,8 +97,8 @@ class Lsamd:
     blend: float = 1.0  # what is stored: ancestor + blend (trained - ancestor) (WiSE-FT, Wortsman et al., CVPR 2022)
     flip: bool = True  # mirror images at random
     crop_padding: int = 4  # pixels by which a random crop moves
-    precision: str = "fp32"
-    seed: int = 0
+    precision: str = "fp32"  # of the training: fp32, bf16, fp16
+    seed: int = 0  # of every random draw
     # Extraction.
     keep: int = 0  # K blocks kept; 0: all that at least half of the data sets chose, and no fewer than 3
     # Growth.

@@ -46,6 +46,7 @@ class Net2Net:
     name: ClassVar[str] = "net2net"
     paper: ClassVar[str] = "https://arxiv.org/abs/1511.05641"
     groups: ClassVar[frozenset[str]] = frozenset({"stem", "block", "tail", "width"})
+    growth: ClassVar[frozenset[str]] = frozenset({"form", "select", "repeat", "tilt"})
 
     form: str = "copy"  # of the width transform: copy, balanced, exact
     select: str = "even"  # the blocks of a smaller depth: evenly spaced, or the "first"

@@ -20,7 +20,7 @@ transform (``transforms.py``), without a stage of its own, and is our addition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -28,19 +28,16 @@ from torch import Tensor, nn
 
 from learngene_hub import transforms
 from learngene_hub._check import require_int
-from learngene_hub.data import Images
 from learngene_hub.errors import ArtefactError, SettingsError, ShapeError
 from learngene_hub.learngene import Learngene
-from learngene_hub.methods import _auxiliary, _lesson
-from learngene_hub.methods._distillation import ResizedDistillation
+from learngene_hub.methods import _auxiliary
+from learngene_hub.methods._one_lesson import OneLesson
 from learngene_hub.methods._whole import assemble, require_same
 from learngene_hub.shape import Preprocessing, ViTShape
-from learngene_hub.teacher import Teacher
-from learngene_hub.training import StateDir, Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sws(ResizedDistillation):
+class Sws(OneLesson):
     """The settings of SWS: those of the distillation, and which stage each block belongs to."""
 
     name: ClassVar[str] = "sws"
@@ -49,6 +46,7 @@ class Sws(ResizedDistillation):
         "Widths other than the auxiliary's, and depths other than 12 and the auxiliary's, are this project's reading."
     )
     groups: ClassVar[frozenset[str]] = frozenset({"stem", "stage", "tail", "head"})
+    growth: ClassVar[frozenset[str]] = frozenset({"form", "head", "layers"})
 
     warmup: float = 1 / 30  # 5 of 150 epochs
     stages: tuple[int, ...] = (3, 3, 4, 3, 3)  # blocks of each stage; the auxiliary's depth is their sum
@@ -72,39 +70,10 @@ class Sws(ResizedDistillation):
                 f"layers {list(self.layers)} asked; they never fall, and are at most {len(self.stages) - 1}"
             )
 
-    def require_ancestor(self, ancestor: nn.Module) -> None:
-        """Refuse an ancestor that lacks what is to be its own (ShapeError)."""
-        _lesson.require_ancestor(self, ancestor, sum(self.stages))
-
-    def extract(
-        self,
-        ancestor: nn.Module,
-        data: Mapping[str, Images],
-        *,
-        facts: Mapping[str, Any],
-        preprocessing: Preprocessing,
-        watch: Callable[[Iterator[Step]], Iterator[Step]] = iter,
-        state_dir: StateDir | None = None,
-        teacher: Teacher | None = None,
-    ) -> Learngene:
-        """The learngene of an auxiliary that learns from ``teacher`` (the ancestor) on all images of ``data``, of one
-        size.
-
-        The native shape is the auxiliary's, at the size of the images. ``ancestor`` is any model with logits; a plain
-        ViT where the auxiliary's sizes or first weights are to be its own.
-
-        Raises:
-            SettingsError: no data, or settings that the data or the teacher do not allow.
-            DataError: images of different sizes, of other channels than the teacher's, or none.
-            ShapeError: no such auxiliary, or the ancestor is no plain ViT where something is to be its own.
-        """
-        lesson = _lesson.prepare(
-            self, ancestor, data, depth=sum(self.stages), method=self.name, preprocessing=preprocessing, teacher=teacher
-        )
-        auxiliary = self.begin(lesson.native, ancestor, facts, preprocessing)
-        lesson.ask(state_dir)
-        log = _lesson.train(auxiliary, lesson, self.recipe(), watch, state_dir)
-        return auxiliary.learngene(_lesson.report(lesson, [log]), head=self.head == "inherit")
+    @property
+    def blocks(self) -> int:
+        """Blocks of the auxiliary."""
+        return sum(self.stages)
 
     def begin(
         self, native: ViTShape, ancestor: nn.Module | None, facts: Mapping[str, Any], preprocessing: Preprocessing

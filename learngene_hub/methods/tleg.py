@@ -17,7 +17,7 @@ auxiliary is the ancestor's. The paper varies depth alone; width comes from the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,65 +26,29 @@ from torch import Tensor, nn
 
 from learngene_hub import transforms
 from learngene_hub._check import require_int
-from learngene_hub.data import Images
 from learngene_hub.errors import SettingsError
 from learngene_hub.learngene import Learngene
-from learngene_hub.methods import _auxiliary, _lesson
-from learngene_hub.methods._distillation import ResizedDistillation
+from learngene_hub.methods import _auxiliary
+from learngene_hub.methods._one_lesson import OneLesson
 from learngene_hub.methods._whole import assemble, require_same
 from learngene_hub.shape import Preprocessing, ViTShape
-from learngene_hub.teacher import Teacher
-from learngene_hub.training import StateDir, Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tleg(ResizedDistillation):
+class Tleg(OneLesson):
     """The settings of TLEG: those of the distillation, and the auxiliary's depth."""
 
     name: ClassVar[str] = "tleg"
     paper: ClassVar[str] = "https://arxiv.org/abs/2312.05614"
     note: ClassVar[str] = "Widths other than the auxiliary's are an addition of this project; the paper varies depth."
     groups: ClassVar[frozenset[str]] = frozenset({"stem", "base", "slope", "tail", "head"})
+    growth: ClassVar[frozenset[str]] = frozenset({"form", "head"})
 
     depth: int = 0  # blocks of the auxiliary; 0: the ancestor's
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_int("depth", self.depth, at_least=0, error=SettingsError)
-
-    def require_ancestor(self, ancestor: nn.Module) -> None:
-        """Refuse an ancestor that lacks what is to be its own (ShapeError)."""
-        _lesson.require_ancestor(self, ancestor, self.depth)
-
-    def extract(
-        self,
-        ancestor: nn.Module,
-        data: Mapping[str, Images],
-        *,
-        facts: Mapping[str, Any],
-        preprocessing: Preprocessing,
-        watch: Callable[[Iterator[Step]], Iterator[Step]] = iter,
-        state_dir: StateDir | None = None,
-        teacher: Teacher | None = None,
-    ) -> Learngene:
-        """The learngene of an auxiliary that learns from ``teacher`` (the ancestor) on all images of ``data``, of one
-        size.
-
-        The native shape is the auxiliary's, at the size of the images. ``ancestor`` is any model with logits; a plain
-        ViT where the auxiliary's sizes or first weights are to be its own.
-
-        Raises:
-            SettingsError: no data, or settings that the data or the teacher do not allow.
-            DataError: images of different sizes, of other channels than the teacher's, or none.
-            ShapeError: no such auxiliary, or the ancestor is no plain ViT where something is to be its own.
-        """
-        lesson = _lesson.prepare(
-            self, ancestor, data, depth=self.depth, method=self.name, preprocessing=preprocessing, teacher=teacher
-        )
-        auxiliary = self.begin(lesson.native, ancestor, facts, preprocessing)
-        lesson.ask(state_dir)
-        log = _lesson.train(auxiliary, lesson, self.recipe(), watch, state_dir)
-        return auxiliary.learngene(_lesson.report(lesson, [log]), head=self.head == "inherit")
 
     def begin(
         self, native: ViTShape, ancestor: nn.Module | None, facts: Mapping[str, Any], preprocessing: Preprocessing

@@ -51,6 +51,7 @@ class WeightSelection:
     name: ClassVar[str] = "weight-selection"
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.18823"
     groups: ClassVar[frozenset[str]] = frozenset({"stem", "block", "tail"})
+    growth: ClassVar[frozenset[str]] = frozenset({"elements", "layers", "heads", "seed"})
 
     elements: str = "uniform"  # the entries of an axis: uniform, consecutive, random
     layers: str = "first"  # the blocks: the first, "uniform" (evenly spaced), or "random"
