@@ -1,6 +1,6 @@
-"""Write the numbers of README.md and of the cards from the files under benchmarks/results/ (make numbers; make cards).
+"""Write the numbers of README.md, RESULTS.md and the cards from the files under results/ (make numbers; make cards).
 
-README.md's part stands between two comment lines; a card is written whole by ``learngene_hub.card``.
+README.md's part stands between two comment lines; benchmarks/RESULTS.md and a card are written whole.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import _pages
 from _learned_summary import LEARNED, TUNED, as_card
 
 from learngene_hub import Learngene
@@ -20,6 +21,11 @@ from learngene_hub.registry import Registry
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+OTHERS = (
+    "The other methods, from one DeiT-Tiny each (CNNs: from ancestors trained here): paired differences in points of "
+    "test accuracy, ± one standard error. A minus is a loss, and there are many: with what two cores can train, the "
+    "ancestor's own blocks are hard to beat. Tables, costs and plots: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
+)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -30,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
         (ROOT / "model_cards" / name / "README.md").write_text(text, encoding="utf-8")
     if not only_cards:
         write_readme()
+        (ROOT / "benchmarks" / "RESULTS.md").write_text(results_page(), encoding="utf-8")
 
 
 def write_readme() -> None:
@@ -56,8 +63,14 @@ def cards() -> dict[str, str]:
 
 
 def read(name: str) -> Any:
+    """What a file of results says; None where there is none."""
     path = RESULTS / name
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def results_page() -> str:
+    """The text of benchmarks/RESULTS.md."""
+    return _pages.page(read, _learned)
 
 
 def readme_part() -> str:
@@ -66,8 +79,8 @@ def readme_part() -> str:
     transfer = read("transfer.json")
     if any(measured_with(transfer, entry.sha256) for entry in Registry.load(ROOT / "registry.yaml").entries.values()):
         parts.append(_transfer(transfer))
-    if (learned := read("learned.json")) is not None:
-        parts.append(_learned(learned))
+    if rows := _pages.brief(read):
+        parts += [OTHERS, rows]
     if rows := _speed():
         parts.append("On a shared machine, so only ratios mean much:\n\n" + table(["what", "measured", "goal"], rows))
     return "\n\n".join(parts)
@@ -129,7 +142,6 @@ def _learned(found: dict[str, Any]) -> str:
         "What it costs: training FLOPs in 10^15 (three times the forward's) of one extraction, the ancestor's own "
         "training left out, and of finetuning one ViT of each of the shapes:",
         table(["start", "stored MB (fp16)", "images seen in extraction", "extraction", "finetuning"], costs),
-        "![Accuracy over epochs](benchmarks/results/learned.png)",
     ]
     return "\n\n".join(parts)
 
