@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -206,6 +207,19 @@ def test_an_interrupted_finetune_resumes_to_the_same_weights(
     assert stopped.code == 130 and "--resume" in stopped.err and not Path("stopped/config.json").exists()
     assert run(*train, "--out", "stopped", "--resume").code == 0
     assert Path("stopped/model.safetensors").read_bytes() == Path("straight/model.safetensors").read_bytes()
+
+
+def test_what_python_would_warn_of_is_a_line(run: Call, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learngene_hub._fit.has_bf16", lambda: False)
+    sizes = ["--depth", "2", "--width", "32", "--size", "32", "--limit", "16", "--epochs", "1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        done = run(
+            "finetune", "pico", *sizes, "--data", "signdigits", "--precision", "bf16", "--out", "t", "--format", "human"
+        )
+    assert done.code == 0, done.err
+    assert "warning: precision 'bf16' asked on a CPU without instructions for it" in done.err
+    assert "UserWarning" not in done.err
 
 
 def test_finetune_grows_a_learngene_that_is_named(run: Call, here: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,7 +41,10 @@ def test_a_number_is_shown_in_the_unit_of_its_name(name: str, value: Any, shown:
     assert text(name, value) == shown
 
 
-def test_extraction_tells_its_cost_so_and_that_it_is_of_forward_passes(run: Call) -> None:
+def test_extraction_tells_its_cost_so_and_that_it_is_of_forward_passes(
+    run: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     save_for_hf(build_pico(variant("token")), "vit", safe_serialization=True)
     quick = ["epochs=1", "batch_size=8", "crop_padding=2", "teacher_size=32"]
     asked = ["extract", "tleg", "vit", "--data", "signdigits", "--image-size", "32", "--limit", "16"]

@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -506,6 +507,16 @@ class TestBadInput:
             train(linear(), Recipe(precision="fp16"), device="cpu")
         with pytest.raises(SettingsError, match="steps_per_epoch"):
             fit(linear(), lambda _: [], classification_loss(Recipe()), recipe=Recipe(), steps_per_epoch=0)
+
+    def test_bf16_on_a_cpu_without_it_warns(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_fit, "has_bf16", lambda: False)
+        with pytest.warns(UserWarning, match="tens of times slower than 'fp32', which would work"):
+            train(linear(), Recipe(epochs=1, precision="bf16"), count=8, device="cpu")
+        train(linear(), Recipe(epochs=1), count=8, device="cpu")  # warnings are errors: none here
+        monkeypatch.setattr(_fit, "has_bf16", lambda: True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            train(linear(), Recipe(epochs=1, precision="bf16"), count=8, device="cpu")
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
     def test_no_gpu(self) -> None:
