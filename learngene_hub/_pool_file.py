@@ -5,9 +5,10 @@
     pool.json                    the manifest: what the pool is, and the sha256 and size of every file
 
 Files are never changed and never renamed: adding an entry writes one more file, then a new manifest in place of the
-old one, whole or not at all. The manifest is JSON with sorted keys, indented by two, and ends in a line break;
-``digest`` is the sha256 of the rest of it (the same without ``digest``, no spaces), so that an edit by hand is noticed.
-A file that no manifest names, such as a killed process leaves, is told by ``verify`` and read by nobody.
+old one, whole or not at all; one process at a time, by a lock on ``.pool.json.lock``. The manifest is JSON with sorted
+keys, indented by two, and ends in a line break; ``digest`` is the sha256 of the rest of it (the same without
+``digest``, no spaces), so that an edit by hand is noticed. A file that no manifest names, such as a killed process
+leaves, is told by ``verify`` and read by nobody.
 
 A pool is read like anything from a stranger: no name in the manifest is ever used as a path, every number is bounded,
 and each file is checked against its sha256 before it is believed.
@@ -20,14 +21,16 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from learngene_hub._check import require_int
 from learngene_hub._format import FILE_NAME, MAX_BYTES, ODD, SHA256, naming, one_line, opened, short, shown
+from learngene_hub._lock import locked
 from learngene_hub.errors import ArtefactError, LearngeneError, SettingsError, StoreError
 from learngene_hub.methods._adaptive_key import Space
 from learngene_hub.methods._adaptive_merge import FORMS
@@ -193,6 +196,45 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """A folder to write a new pool into, which takes the place of ``folder`` at the end; nothing is left of a failure.
+
+    Raises:
+        StoreError: something is in the folder, or it cannot be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StoreError(f"{shown(folder)} is there already; a new folder would work")
+    target = folder.resolve()
+    made = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        made.mkdir(parents=True)
+        yield made
+        if target.exists():
+            target.rmdir()  # empty: Windows renames over no folder
+        os.replace(made, target)
+    except OSError as error:
+        raise StoreError(f"cannot write the pool {shown(folder)}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+@contextmanager
+def changing(folder: Path) -> Iterator[None]:
+    """No other process adds to the pool inside.
+
+    Raises:
+        StoreError: another one has been at it for a minute, or the folder cannot be written.
+    """
+    try:
+        with locked(folder.resolve() / MANIFEST):
+            yield
+    except OSError as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"cannot write {shown(folder)}: {error.strerror or error}; the pool is as it was") from error
+
+
 def path_within(row: Row) -> str:
     """Where a file of a pool lies, from its folder on."""
     return FILE_NAME if row.name == "anchor" else f"{ENTRIES}/{row.sha256}.safetensors"
@@ -217,7 +259,8 @@ def require_there(folder: Path, row: Row) -> None:
 
 
 def strangers(folder: Path, manifest: Manifest) -> list[str]:
-    """Files beside those of the pool, by their paths within ``entries``."""
+    """Files beside those of the pool, by their names within ``entries``; hidden ones are the system's."""
     inside = folder / ENTRIES
     known = {f"{row.sha256}.safetensors" for row in manifest.entries}
-    return sorted({path.name for path in inside.iterdir()} - known) if inside.is_dir() else []
+    there = {path.name for path in inside.iterdir() if not path.name.startswith(".")} if inside.is_dir() else set()
+    return sorted(there - known)

@@ -9,17 +9,17 @@ Source: section 3.2 of LDR (NeurIPS 2024) for the frozen components; the rest is
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from learngene_hub import _pool_features
+from learngene_hub._check import is_number
 from learngene_hub.data import Augment, Images
-from learngene_hub.errors import DataError, SettingsError
+from learngene_hub.errors import DataError, SettingsError, ShapeError
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods import _adaptive_merge as merge
 from learngene_hub.methods import _auxiliary, get_method
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from learngene_hub.pool import Pool
 
 LIMIT = 0.6  # of the residual of a projection
+OUTSIDE = 0.5  # of how far an ancestor's stem and last norm, which the entry leaves out, may lie from the anchor's
 RECIPE = Recipe(
     epochs=30, lr=8e-4, batch_size=64, schedule="cosine", warmup=0.1, augment=Augment(flip=True, crop_padding=4)
 )
@@ -62,7 +63,6 @@ def grown(
     device: torch.device | str | None,
 ) -> Learngene:
     """The increment of these images, with their key; see ``Pool.add``."""
-    began = time.perf_counter()
     _pool_features.require_images(images, pool.anchor, pool.manifest.key)
     if len(images) < LEAST:
         raise DataError(f"{images.name} has {len(images)} images; at least {LEAST} make an entry")
@@ -80,8 +80,15 @@ def grown(
         told |= trainee.train(images, chosen, teacher, watch, _identified(state_dir, pool, images, parents), device)
         increment = trainee.increment()
     told |= {"classes": list(images.classes), "counts": images.labels.bincount(minlength=len(images.classes)).tolist()}
-    told |= {"data": {images.name: {"images": len(images)}}, "total_seconds": round(time.perf_counter() - began, 3)}
+    told |= {"data": {images.name: {"images": len(images)}}}
     return _as_learngene(pool, increment, key, space, parents, told)
+
+
+def rekeyed(pool: Pool, images: Images, learngene: Learngene) -> Learngene:
+    """The increment of these images with its key in the space that the pool has by now."""
+    key, space = _key(pool, images)
+    settings = {**learngene.settings, "key_scale": space.scale}
+    return replace(learngene, tensors={**learngene.tensors, **key.tensors()}, settings=settings)
 
 
 def _key(pool: Pool, images: Images) -> tuple[Key, Space]:
@@ -118,11 +125,13 @@ def _projected(
     """The increment nearest to what an ancestor's blocks have beyond those of ``base``, and what it leaves out.
 
     Raises:
-        SettingsError: it leaves out more than the limit.
-        ShapeError: the ancestor is no plain ViT, or has other blocks.
+        SettingsError: it leaves out more than the limit; the ancestor holds NaN, or was not finetuned from the anchor.
+        ShapeError: the ancestor is no plain ViT, or has another shape.
     """
-    ViTShape.of(ancestor)
+    if limit is not None and not (is_number(limit) and limit >= 0):
+        raise SettingsError(f"limit {limit!r:.40} asked; it is a share, such as {LIMIT}")
     state = ancestor.state_dict()
+    _require_finetuned(base, ancestor, state)
     found, residual = merge.fitted(merge.changes(base, state), merge.layers(base, table_PN))
     if limit is not None and residual > limit:
         raise SettingsError(
@@ -130,7 +139,25 @@ def _projected(
             "parts cannot hold what the ancestor learned; a recipe beside it (--epochs 5) trains on from there, and a "
             "pool of the entry form blocks holds it whole"
         )
-    return found, {"residual": round(residual, 6), "outside": round(_outside(base, state), 6)}
+    outside = _outside(base, state)
+    if outside > OUTSIDE:
+        raise SettingsError(
+            f"an ancestor whose stem and last norm lie {outside:.2f} of their size away from the anchor's given, above "
+            f"{OUTSIDE:g}; a model that was grown from the anchor and finetuned would work"
+        )
+    return found, {"residual": round(residual, 6), "outside": round(outside, 6)}
+
+
+def _require_finetuned(base: Learngene, ancestor: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Refuse a model that is not of the anchor's shape, apart from classes and image size, or holds NaN."""
+    have, own = ViTShape.of(ancestor), base.shape
+    same = replace(have, classes=own.classes, image_size=own.image_size)
+    if odd := [field.name for field in fields(own) if getattr(same, field.name) != getattr(own, field.name)]:
+        told = ", ".join(f"{name} {getattr(have, name)} instead of {getattr(own, name)}" for name in odd)
+        raise ShapeError(f"an ancestor with {told} given; the anchor itself, finetuned, would work")
+    for name, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise SettingsError(f"an ancestor with NaN or infinite numbers in {name} given; it cannot be projected")
 
 
 def _outside(base: Learngene, state: Mapping[str, Tensor]) -> float:
@@ -226,7 +253,6 @@ class Trainee:
                 "steps": last.step,
                 "images_seen": seen,
                 "flops": seen * self.flops,
-                "seconds": round(last.seconds, 3),
             }
         return told
 

@@ -4,10 +4,8 @@ The text is edited at the places that the YAML nodes tell, never dumped anew, so
 and line endings of the other rows survive. Before anything is written, the new text is read again and has to give
 exactly the entries that were meant; a layout for which it does not is refused.
 
-One process edits at a time: it holds a lock on ``.registry.yaml.lock`` beside the file, and writes the new text to
-``.registry.yaml.tmp`` there, which is flushed and then renamed. The lock is the operating system's: it ends with the
-process that holds it, however that ends, so that a file which a killed process left blocks nobody, and the next edit
-removes it. (On Windows the empty lock file stays. The package filelock would leave it everywhere.)
+One process edits at a time (``_lock.py``), and writes the new text to ``.registry.yaml.tmp`` beside the file, which is
+flushed and then renamed.
 """
 
 from __future__ import annotations
@@ -17,35 +15,20 @@ import errno
 import json
 import math
 import os
-import random
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
+from learngene_hub._lock import locked
 from learngene_hub.errors import LearngeneError, RegistryError, StoreError
 from learngene_hub.registry import KEYS, MAX_BYTES, Entry, read_rows, read_text, read_top
 
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock_now(file: int) -> None:
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-else:
-    import fcntl
-
-    def _lock_now(file: int) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-LOCK_SECONDS = 60.0  # of waiting for another process that edits the same file
-BUSY = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # of a lock that another process holds
 BREAKS = "\r\n\x85\u2028\u2029"  # what ends a line in YAML 1.1
 REST_OF_LINE = re.compile(rf"[^{BREAKS}]*(?:\r\n|[{BREAKS}])?")
 BEFORE_DASH = re.compile(rf"(?:\s|#[^{BREAKS}]*+|[!&]\S*+)*+(?=-)")  # comments, or the tag or anchor of the whole list
@@ -278,7 +261,7 @@ def _edit(path: Path, change: Callable[[str], str], *, make: bool) -> None:
         read = current_text if make else read_text
         text = read(path)
         new = change(text)
-        with _locked(target):
+        with locked(target):
             if (now := read(path)) != text:
                 text, new = now, change(now)
             if new != text:
@@ -298,47 +281,6 @@ def _why_unwritten(path: Path, error: OSError | ValueError) -> str:
     if code in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
         return f"the disk of {path} knows no locks; edit a copy on another disk; nothing was changed"
     return f"cannot write {path}: {getattr(error, 'strerror', None) or error}; nothing was changed"
-
-
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Waits until no other process edits ``target``, and keeps the others waiting."""
-    lock = target.with_name(f".{target.name}.lock")
-    file = _acquire(lock, time.monotonic() + LOCK_SECONDS)
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # Windows removes no open file
-            lock.unlink()  # before the lock is given up: later it may be another's
-        os.close(file)
-
-
-def _acquire(lock: Path, deadline: float) -> int:
-    """The descriptor of the file, which nobody else has locked."""
-    while True:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
-        mine = False
-        try:
-            _lock_now(file)
-            mine = _is_at(lock, file)  # else its holder removed it meanwhile, and the next one locks a new file
-        except OSError as error:
-            if error.errno not in BUSY:
-                raise
-        finally:
-            if not mine:
-                os.close(file)
-        if mine:
-            return file
-        if time.monotonic() > deadline:
-            raise StoreError(f"another process has held {lock} for {LOCK_SECONDS:.0f} s; try again when it is done")
-        time.sleep(random.uniform(0.002, 0.02))
-
-
-def _is_at(path: Path, file: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file))
-    except FileNotFoundError:
-        return False
 
 
 def _write(target: Path, text: str) -> None:

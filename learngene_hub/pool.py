@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from torch import Tensor, nn
 
 from learngene_hub import _pool_file, _pool_grow, _pool_select
+from learngene_hub._check import is_number
 from learngene_hub._format import FILE_NAME, naming, shown
 from learngene_hub._pool_file import Manifest, Row
 from learngene_hub._pool_select import Chosen as Chosen
@@ -33,6 +34,8 @@ from learngene_hub.methods import get_method
 from learngene_hub.methods._adaptive_key import Space
 from learngene_hub.methods._adaptive_merge import add_scaled, flattened, merged_tensors, places, table
 from learngene_hub.methods.adaptive import Adaptive
+
+MOST = 10  # times an increment may be added: as many as of a parent in the file of an entry
 
 if TYPE_CHECKING:
     import torch
@@ -88,16 +91,17 @@ class Pool:
             StoreError: something is in the folder, or it cannot be written.
         """
         place = Path(folder)
+        if not isinstance(anchor, Learngene):
+            raise SettingsError(f"anchor {anchor!r:.80} given; a learngene would work: Learngene.from_pretrained(NAME)")
         count = len(places(anchor)) if entry == "blocks" else components
         table(anchor, entry, count)
         space = Space(features=features, seed=seed, image_size=image_size or anchor.shape.image_size)
         replace(anchor.shape, image_size=space.image_size)  # a ShapeError where the patches do not tile it
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise StoreError(f"{shown(place)} is there already; a new folder would work")
-        path = anchor.save_pretrained(place)
-        row = Row(name="anchor", sha256=anchor.digest, bytes=path.stat().st_size)
-        manifest = Manifest(anchor=row, topology=topology, entry=entry, components=count, key=space)
-        _pool_file.write_manifest(place, manifest)
+        with _pool_file.whole(place) as made:
+            path = anchor.save_pretrained(made)
+            row = Row(name="anchor", sha256=anchor.digest, bytes=path.stat().st_size)
+            manifest = Manifest(anchor=row, topology=topology, entry=entry, components=count, key=space)
+            _pool_file.write_manifest(made, manifest)
         return cls(folder=place, manifest=manifest, anchor=anchor)
 
     @classmethod
@@ -129,17 +133,13 @@ class Pool:
             ArtefactError: a file is not what the manifest promises.
         """
         place = Path(folder)
-        if place.exists() and (not place.is_dir() or any(place.iterdir())):
-            raise StoreError(f"{shown(place)} is there already; a new folder would work")
         if wrong := self.verify(strangers=False):
             raise ArtefactError(wrong[0])
-        try:
-            (place / _pool_file.ENTRIES).mkdir(parents=True, exist_ok=True)
+        with _pool_file.whole(place) as made:
+            (made / _pool_file.ENTRIES).mkdir()
             for row in (self.manifest.anchor, *self.manifest.entries):
-                shutil.copyfile(_pool_file.place_of(self.folder, row), _pool_file.place_of(place, row))
-        except OSError as error:
-            raise StoreError(f"cannot copy the pool to {shown(place)}: {error.strerror or error}") from error
-        _pool_file.write_manifest(place, self.manifest)
+                shutil.copyfile(_pool_file.place_of(self.folder, row), _pool_file.place_of(made, row))
+            _pool_file.write_manifest(made, self.manifest)
         return Pool.load(place)
 
     def __len__(self) -> int:
@@ -199,6 +199,8 @@ class Pool:
                 f"an increment on the anchor {method.anchor[:12]}; this pool's is {self.manifest.anchor.sha256[:12]}: "
                 "increments of two anchors cannot be summed"
             )
+        if method.parents and self.manifest.topology == "star":
+            raise ArtefactError("an increment that stands on others; those of a star stand on the anchor alone")
         own, space = self.manifest, self.manifest.key
         count = sum(name.endswith(".norm1.bias") for name in learngene.tensors)
         theirs = {"form": method.entry, "parts": count, "key": method.space, "shape": learngene.shape}
@@ -222,22 +224,41 @@ class Pool:
             SettingsError: the name is taken or no name, or the increment is here already.
             StoreError: it cannot be written; the pool is as it was.
         """
+        if not isinstance(learngene, Learngene):
+            raise SettingsError(f"{learngene!r:.80} given; an increment, a Learngene, would work")
+        self._require_own()
+        self.require(learngene)
+        with _pool_file.changing(self.folder):
+            return self.current()._put(learngene, name)
+
+    def current(self) -> Pool:
+        """The pool as it is in its folder now: another process may have added to it.
+
+        Raises:
+            ArtefactError: its anchor is another one by now.
+        """
+        now = _pool_file.read_manifest(self.folder)
+        if now.anchor != self.manifest.anchor:
+            raise ArtefactError(f"{shown(self.folder)} has another anchor by now; load it again")
+        return replace(self, manifest=now)
+
+    def _require_own(self) -> None:
         if (self.folder / _pool_file.MANIFEST).is_symlink():
             raise StoreError(
                 f"{shown(self.folder)} is in the cache of the Hub's client; `learngene pool pull` makes a folder of "
                 "your own"
             )
-        method = self.require(learngene)
-        there = {row.sha256 for row in self.manifest.entries}
-        if missing := sorted(set(method.parents) - there):
+
+    def _put(self, learngene: Learngene, name: str) -> Pool:
+        """The entry's file, then the manifest; for one process at a time, of the pool as it is now."""
+        method, rows = self.require(learngene), self.manifest.entries
+        if missing := sorted(set(method.parents) - {row.sha256 for row in rows}):
             raise ArtefactError(
                 f"an increment that stands on {missing[0][:12]}, which this pool does not hold; add it first"
             )
+        self._require_last(method, rows)
         row = Row(name=name, sha256=learngene.digest, bytes=9)
-        now = _pool_file.read_manifest(self.folder)  # another process may have added one since
-        if now.anchor != self.manifest.anchor:
-            raise ArtefactError(f"{shown(self.folder)} has another anchor by now; load it again")
-        replace(now, entries=(*now.entries, row))  # refuses a name that is taken before anything is written
+        replace(self.manifest, entries=(*rows, row))  # refuses a name that is taken before anything is written
         path = _pool_file.place_of(self.folder, row)
         try:
             path.parent.mkdir(exist_ok=True)
@@ -245,9 +266,16 @@ class Pool:
             raise StoreError(f"cannot make the folder {shown(path.parent)}: {error.strerror}") from error
         learngene.save(path)
         row = replace(row, bytes=path.stat().st_size)
-        manifest = replace(now, entries=(*now.entries, row), key=method.space)
+        manifest = replace(self.manifest, entries=(*rows, row), key=method.space)
         _pool_file.write_manifest(self.folder, manifest)
         return replace(self, manifest=manifest)
+
+    def _require_last(self, method: Adaptive, before: Sequence[Row]) -> None:
+        """Refuse an increment of a chain that does not stand on the one before it."""
+        wanted = {before[-1].sha256: 1.0} if before else {}
+        if self.manifest.topology == "chain" and dict(method.parents) != wanted:
+            last = before[-1].name if before else "the anchor"
+            raise ArtefactError(f"an increment that does not stand on {last}, the last of this chain; train it again")
 
     def add(
         self,
@@ -280,18 +308,25 @@ class Pool:
             SettingsError: the name is taken, or a projection above the limit.
             ShapeError: an ancestor of another shape than the anchor.
         """
-        chosen = images.name if name is None else name
+        if not isinstance(images, Images):
+            raise SettingsError(f"images {images!r:.80} given; Images would work: load_images(SOURCE, size=...)")
+        self._require_own()
+        pool, chosen = self.current(), images.name if name is None else name
         Row(name=chosen, sha256="0" * 64, bytes=9)  # refused now, not after the training
-        if chosen in (*self.names, "anchor"):
+        if chosen in (*pool.names, "anchor"):
             raise SettingsError(f"name {chosen} is in the pool already; another name would work")
         learngene = _pool_grow.grown(
-            self, images, recipe=recipe, ancestor=ancestor, limit=limit, teacher=teacher, watch=watch,
+            pool, images, recipe=recipe, ancestor=ancestor, limit=limit, teacher=teacher, watch=watch,
             state_dir=state_dir, device=device,
         )  # fmt: skip
         if dtype is not None:
             small = {name: t.to(dtype) for name, t in learngene.tensors.items() if name.startswith("increment.")}
             learngene = replace(learngene, tensors={**learngene.tensors, **small})
-        return self.adopt(learngene, chosen)
+        with _pool_file.changing(pool.folder):
+            now = pool.current()
+            if now.manifest.key.scale not in (0, pool.manifest.key.scale):  # another process added the first one
+                learngene = _pool_grow.rekeyed(now, images, learngene)
+            return now._put(learngene, chosen)
 
     def select(
         self,
@@ -325,10 +360,11 @@ class Pool:
 
     def merge(self, selection: Selection | Mapping[str, float]) -> Learngene:
         """The anchor with the selected increments added: a learngene of the anchor's method, of all its depths and
-        widths. ``selection`` may also map names or sha256 of entries to weights.
+        widths. ``selection`` may also map names or sha256 of entries to weights, numbers from -10 to 10.
 
         Raises:
-            SettingsError: a selection from another pool.
+            SettingsError: a selection from another pool, an entry that is named twice, or a weight that is no such
+                number.
             RegistryError: an entry that is not there.
         """
         if isinstance(selection, Selection):
@@ -339,11 +375,27 @@ class Pool:
                 )
             weights = {chosen.sha256: chosen.weight for chosen in selection.entries}
         else:
-            weights = {self.row(name).sha256: float(weight) for name, weight in selection.items()}
+            weights = self._given(selection)
         tensors = self.merged(weights)
         told = {name: weight for name, weight in ((self.row(sha).name, weight) for sha, weight in weights.items())}
         provenance: dict[str, Any] = {**self.anchor.provenance, "pool": self.manifest.digest, "selection": told}
         return replace(self.anchor, tensors=tensors, provenance=provenance) if weights else self.anchor
+
+    def _given(self, selection: Mapping[str, float]) -> dict[str, float]:
+        """sha256 -> weight, of weights that a user wrote down."""
+        if not isinstance(selection, Mapping):
+            raise SettingsError(f"selection {selection!r:.80} given; a Selection, or {{NAME: WEIGHT}}, would work")
+        weights: dict[str, float] = {}
+        for name, weight in selection.items():
+            sha256 = self.row(name).sha256
+            if sha256 in weights:
+                raise SettingsError(f"entry {self.row(name).name} given twice; once would work")
+            if not is_number(weight) or not abs(weight) <= MOST:
+                raise SettingsError(
+                    f"weight {weight!r:.40} of {name} given; a number from -{MOST} to {MOST} would work"
+                )
+            weights[sha256] = float(weight)
+        return weights
 
     def merged(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """The anchor's tensors with these weights (by sha256) of increments and their parents added."""
@@ -355,7 +407,7 @@ class Pool:
 
     def _family(self, weights: Mapping[str, float]) -> dict[str, Adaptive]:
         """The settings of these entries, and of all that stand before them where some have parents."""
-        if self.manifest.topology != "star":
+        if self.manifest.topology != "star":  # an entry of a star has no parents, see ``require``
             return self.methods()
         wanted = {self.row(sha256).sha256 for sha256 in weights}
         return {
@@ -368,16 +420,16 @@ class Pool:
         ``strangers`` counts files too that no manifest names.
         """
         wrong = [
-            f"{name} is in {_pool_file.ENTRIES}, and no entry"
+            f"{name} is in {_pool_file.ENTRIES}, and no entry; `pool add --entry` takes it in, if it is one"
             for name in (_pool_file.strangers(self.folder, self.manifest) if strangers else ())
         ]
-        before: set[str] = set()
-        for row in self.manifest.entries:
+        rows = self.manifest.entries
+        for place, row in enumerate(rows):
             try:
                 method = self.require(self.read(row.sha256))
-                if missing := sorted(set(method.parents) - before):
+                self._require_last(method, rows[:place])
+                if missing := sorted(set(method.parents) - {other.sha256 for other in rows[:place]}):
                     wrong.append(f"{row.name} stands on {missing[0][:12]}, which is not there before it")
             except LearngeneError as error:
                 wrong.append(f"{row.name}: {error}")
-            before.add(row.sha256)
         return wrong

@@ -35,7 +35,7 @@ ROOMS = [
     ],
     ["transforms", "_parts"],
     ["data", "_augment", "_decode"],
-    ["learngene", "_format"],
+    ["learngene", "_format", "_lock"],
     ["training", "_fit", "_processes", "_state", "_steps"],
     ["teacher", "_teacher_cache"],
     ["methods"],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -96,7 +99,8 @@ def test_an_entry_holds_an_increment_a_key_and_no_image(made: Path) -> None:
     assert {name.partition(".")[0] for name in entry.tensors} == {"increment", "key"}
     assert entry.tensors["key.mean"].shape == (256,) and entry.tensors["key.centre"].shape == (TINY.width,)
     assert entry.provenance["classes"] == ["0", "1"] and entry.provenance["counts"] == [12, 12]
-    assert sum(tensor.numel() for name, tensor in entry.tensors.items() if name.startswith("key.")) < 256 + 2 * 16 + 7
+    kept = sum(tensor.numel() for name, tensor in entry.tensors.items() if name.startswith("key."))
+    assert kept == 256 + 2 * TINY.width + 2 * 3 + 1  # a mean, two moments, two levels at three counts, the count
 
 
 # Edits ----------------------------------------------------------------------------------------------------------------
@@ -360,3 +364,100 @@ def test_a_manifest_refuses_what_it_cannot_hold() -> None:
         Manifest(anchor=row, entries=many)
     assert parse(Manifest(anchor=row, entries=many[:1024]).encode()).entries == many[:1024]
     assert asdict(Manifest(anchor=row))["key"]["features"] == 1024
+
+
+# Who else is at it ----------------------------------------------------------------------------------------------------
+
+
+def test_two_first_entries_of_one_pool_share_its_scale(tmp_path: Path) -> None:
+    """The second is added through an object that still knows an empty pool."""
+    first = pool_of(tmp_path / "pool")
+    pool = first.add(look(1), recipe=ONCE)
+    again = first.add(look(2), recipe=ONCE)
+    assert again.names == ("look-1", "look-2") and again.verify() == []
+    scales = {method.key_scale for method in again.methods().values()}
+    assert scales == {pool.manifest.key.scale} == {again.manifest.key.scale} and 0 not in scales
+    straight = pool_of(tmp_path / "straight", (1, 2))
+    assert files_of(again.folder) == files_of(straight.folder)  # no byte tells that it was keyed twice
+
+
+def test_an_increment_keyed_meanwhile_at_another_scale_is_refused(tmp_path: Path) -> None:
+    stale, other = pool_of(tmp_path / "pool"), pool_of(tmp_path / "other", (2,))
+    now = stale.add(look(1), recipe=ONCE)
+    with pytest.raises(ArtefactError, match="an increment with key .* this pool's is"):
+        stale.adopt(other.read("look-2"), "look-2")
+    assert Pool.load(tmp_path / "pool").manifest == now.manifest and now.verify() == []
+
+
+ADOPT = """
+import sys, pathlib
+from learngene_hub.learngene import Learngene
+from learngene_hub.pool import Pool
+folder, *files = sys.argv[1:]
+for file in files:
+    Pool.load(folder).adopt(Learngene.load(file), pathlib.Path(file).stem[:12])
+"""
+
+
+def test_processes_that_add_at_once_lose_no_entry(tmp_path: Path) -> None:
+    whole = pool_of(tmp_path / "whole", range(1, 9))
+    files = sorted((whole.folder / "entries").iterdir())
+    pool_of(tmp_path / "pool").adopt(whole.read("look-1"), "look-1")
+    rest = [str(file) for file in files if file.stem != whole.row("look-1").sha256]
+    at_once = [
+        subprocess.Popen([sys.executable, "-c", ADOPT, str(tmp_path / "pool"), *part]) for part in (rest[:3], rest[3:])
+    ]
+    assert [process.wait() for process in at_once] == [0, 0]
+    pool = Pool.load(tmp_path / "pool")
+    assert {row.sha256 for row in pool.manifest.entries} == {row.sha256 for row in whole.manifest.entries}
+    assert pool.verify() == [] and not list(pool.folder.glob(".*"))
+
+
+def test_a_copy_that_fails_leaves_nothing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: object, target: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("learngene_hub.pool.shutil.copyfile", full)
+        with pytest.raises(StoreError, match="cannot write the pool .*: No space left on device"):
+            Pool.load(made).copy(tmp_path / "copy")
+    assert not list(tmp_path.iterdir())
+    assert Pool.load(made).copy(tmp_path / "copy").names == ("look-1", "look-2")
+
+
+def test_a_star_takes_no_entry_that_stands_on_others(tmp_path: Path) -> None:
+    chain, star = pool_of(tmp_path / "chain", (1, 2), topology="chain"), pool_of(tmp_path / "star")
+    star = star.adopt(chain.read("look-1"), "look-1")
+    with pytest.raises(ArtefactError, match="those of a star stand on the anchor alone"):
+        star.adopt(chain.read("look-2"), "look-2")
+    alone = pool_of(tmp_path / "alone", (3,))
+    with pytest.raises(ArtefactError, match="key|does not stand on look-2, the last of this chain"):
+        chain.adopt(alone.read("look-3"), "look-3")
+    with pytest.raises(ArtefactError, match="does not stand on look-2, the last of this chain"):
+        chain.adopt(replace(chain.read("look-1"), provenance={"another": 1}), "look-4")
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -11, "a", None, True])
+def test_weights_that_are_none_are_refused(made: Path, weight: Any) -> None:
+    with pytest.raises(SettingsError, match="of look-1 given; a number from -10 to 10 would work"):
+        Pool.load(made).merge({"look-1": weight})
+
+
+def test_selections_that_are_none_are_refused(made: Path) -> None:
+    pool = Pool.load(made)
+    with pytest.raises(SettingsError, match="entry look-1 given twice"):
+        pool.merge({"look-1": 1, pool.row("look-1").sha256: 1})
+    for odd in ("look-1", ["look-1"]):
+        with pytest.raises(SettingsError, match="a Selection, or {NAME: WEIGHT}, would work"):
+            pool.merge(odd)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="Images would work"):
+        pool.add("photos")  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="Learngene.from_pretrained"):
+        Pool.create(made / "other", "lsamd-base")  # type: ignore[arg-type]
+
+
+def test_of_two_entries_of_the_same_images_the_newer_is_selected(tmp_path: Path) -> None:
+    pool = pool_of(tmp_path / "pool", (1, 2)).add(look(1), name="look-1-again", recipe=replace(ONCE, epochs=3))
+    few = look(1, 12, seed=1)
+    assert [chosen.name for chosen in pool.select(few, unlabelled=True, k=1).entries] == ["look-1-again"]
+    assert [chosen.name for chosen in pool.select(few, rule="nearest").entries] == ["look-1-again"]

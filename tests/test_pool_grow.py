@@ -25,11 +25,6 @@ from learngene_hub.pool import Pool
 from learngene_hub.training import StateDir, Step, classification_loss, parameter_groups
 
 
-def timeless(learngene: Learngene) -> Learngene:
-    kept = {k: v for k, v in learngene.provenance.items() if k not in ("seconds", "total_seconds")}
-    return replace(learngene, provenance=kept)
-
-
 def same(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 1e-5) -> None:
     assert a.keys() == b.keys()
     for name in a:
@@ -113,7 +108,7 @@ def test_the_same_call_gives_the_same_bytes_and_leaves_the_random_state_alone(tm
     state = torch.get_rng_state()
     pools = [pool_of(tmp_path / name, (1,)) for name in ("a", "b")]
     assert torch.equal(torch.get_rng_state(), state)
-    first, second = (timeless(pool.read("look-1")) for pool in pools)
+    first, second = (pool.read("look-1") for pool in pools)
     assert first.digest == second.digest
 
 
@@ -226,20 +221,51 @@ def test_blocks_hold_any_ancestor(tmp_path: Path) -> None:
 def test_what_lies_outside_of_the_blocks_is_told(tmp_path: Path) -> None:
     ancestor = factory.expand(anchor_of(), num_labels=2)
     with torch.no_grad():
-        ancestor.get_parameter("norm.weight").mul_(3.0)
+        ancestor.get_parameter("norm.weight").mul_(1.5)
     pool = pool_of(tmp_path / "pool").add(look(1), ancestor=ancestor)
     told, state = pool.read("look-1").provenance, anchor_of().tensors
     theirs = {k: t for k, t in ancestor.state_dict().items() if not k.startswith(("blocks.", "head."))}
-    want = 2 * state["tail.norm.weight"].norm() / torch.cat([t.flatten() for t in theirs.values()]).norm()
+    want = 0.5 * state["tail.norm.weight"].norm() / torch.cat([t.flatten() for t in theirs.values()]).norm()
     assert told["outside"] == pytest.approx(float(want), rel=1e-4) and told["residual"] == 0
 
 
 def test_ancestors_of_other_shapes_are_refused(tmp_path: Path) -> None:
     pool = pool_of(tmp_path / "pool")
-    with pytest.raises(ShapeError, match="ancestor of 4 blocks given; the anchor has 3"):
-        pool.add(look(1), ancestor=build_pico(replace(TINY, depth=4)))
+    for other, told in (
+        (replace(TINY, depth=4), "depth 4 instead of 3"),
+        (replace(TINY, heads=4, head_dim=4), "heads 4 instead of 2, head_dim 4 instead of 8"),
+        (replace(TINY, patch=8), "patch 8 instead of 4"),
+        (replace(TINY, in_chans=1), "in_chans 1 instead of 3"),
+    ):
+        with pytest.raises(ShapeError, match=f"{told} given; the anchor itself, finetuned, would work"):
+            pool.add(look(1), ancestor=build_pico(other))
     with pytest.raises(ShapeError):
         pool.add(look(1), ancestor=nn.Linear(3, 3))
+
+
+def test_an_ancestor_that_was_never_the_anchor_is_refused(tmp_path: Path) -> None:
+    """In a pool of blocks its projection leaves nothing out, so that the residual alone would not tell."""
+    pool, stranger = pool_of(tmp_path / "pool", entry="blocks"), TINY.build()
+    with torch.no_grad():
+        for parameter in stranger.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(9))
+    with pytest.raises(SettingsError, match="stem and last norm lie .* away from the anchor's"):
+        pool.add(look(1), ancestor=stranger)
+    broken = factory.expand(anchor_of(), num_labels=2)
+    with torch.no_grad():
+        broken.get_parameter("blocks.1.norm2.bias")[3] = float("nan")
+    with pytest.raises(SettingsError, match=r"NaN or infinite numbers in blocks\.1\.norm2\.bias"):
+        pool.add(look(1), ancestor=broken)
+    for limit in (float("nan"), -1.0, "x"):
+        with pytest.raises(SettingsError, match="limit .* asked; it is a share"):
+            pool.add(look(1), ancestor=factory.expand(anchor_of(), num_labels=2), limit=limit)  # type: ignore[arg-type]
+    assert Pool.load(tmp_path / "pool").names == () and not (tmp_path / "pool" / "entries").exists()
+
+
+def test_the_same_call_gives_the_same_bytes(tmp_path: Path) -> None:
+    one, other = (pool_of(tmp_path / name, (1, 2)) for name in ("one", "other"))
+    assert files_of(one.folder) == files_of(other.folder)
+    assert one.manifest.digest == other.manifest.digest
 
 
 # Topologies -----------------------------------------------------------------------------------------------------------

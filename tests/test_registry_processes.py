@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from test_registry import ROW, rows, write
 
-from learngene_hub import _registry_file
+from learngene_hub import _lock
 from learngene_hub._registry_file import add_entry, remove_entry
 from learngene_hub.errors import RegistryError, StoreError
 from learngene_hub.registry import MAX_BYTES, Entry, Registry
@@ -122,7 +122,7 @@ time.sleep(60)
 def test_who_waits_too_long_says_so_and_a_dead_holder_blocks_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_registry_file, "LOCK_SECONDS", 0.2)
+    monkeypatch.setattr(_lock, "LOCK_SECONDS", 0.2)
     path, lock = write(tmp_path, rows({})), tmp_path / ".registry.yaml.lock"
     (tmp_path / ".registry.yaml.tmp").write_text("- half of a ro")
     with subprocess.Popen(script(HOLD, lock), stdout=subprocess.PIPE, text=True) as holder:

@@ -45,6 +45,8 @@ class Space:
             require_int(f"key {name}", getattr(self, name), at_least=least, error=SettingsError)
         if self.features > 2**16:
             raise SettingsError(f"key features {self.features} asked; {2**16} is the most that works")
+        if self.image_size > 2**13:
+            raise SettingsError(f"image_size {self.image_size} asked of a pool; {2**13} is the most that works")
         if not is_number(self.scale) or not 0 <= self.scale <= 2:  # of points on a sphere of radius 1
             raise SettingsError(f"key scale {self.scale!r} asked; it is a distance from 0 to 2")
 

@@ -56,7 +56,7 @@ def matched(
             if t not in chosen:
                 w = convex_weights(target_R, keys_TR[[*chosen, t]])
                 tried.append((float((target_R.double() - w @ keys_TR[[*chosen, t]].double()).norm()), t, w))
-        least, t, w = min(tried, key=lambda item: item[:2])
+        least, t, w = min(tried, key=lambda item: (item[0], -item[1]))  # of two of the same images the newer
         if chosen and (left - least < GAIN * left or left <= enough(chosen)):
             break
         chosen, shares, left = [*chosen, t], w, least
