@@ -135,8 +135,10 @@ def summary(rows: Sequence[Row], config: Mapping[str, Any]) -> dict[str, Any]:
     arms = [arm for arm in config["arms"] if arm not in ASIDE and any(row.arm == arm for row in rows)]
     reference = next(row for row in rows if row.arm == config["reference"])
     spent = sum(getattr(reference, name) for name in COST)
-    found = networks(rows, MEANINGS)
+    found, base = networks(rows, MEANINGS), config.get("base", BASE)
     return {
+        "reference": config["reference"],
+        "base": base,
         "data": {name: config[name] for name in ("data", "image_size", "train", "test")},
         "seeds": sorted({row.seed for row in rows}),
         "machine": sorted({row.machine for row in rows}),
@@ -148,14 +150,14 @@ def summary(rows: Sequence[Row], config: Mapping[str, Any]) -> dict[str, Any]:
         "aside": networks(rows, ASIDE),
         "mean_over_networks": {arm: spread([n["mean"] for n in by.values()])["mean"] for arm, by in found.items()},
         "differences": {
-            f"{one} - {arm}": difference(rows, one, arm) for one in (OURS, BUNDLED) for arm in found if arm != one
+            f"{one} - {arm}": difference(rows, one, arm) for one in (OURS, BUNDLED) if one in found for arm in found if arm != one
         },
         "per_route": {
-            arm: {route: difference(rows, arm, BASE, route) for route in found[arm] if route in found.get(BASE, {})}
+            arm: {route: difference(rows, arm, base, route) for route in found[arm] if route in found.get(base, {})}
             for arm in found
-            if arm != BASE
+            if arm != base
         },
-        "overall": {arm: difference(rows, arm, BASE) for arm in found if arm != BASE},
+        "overall": {arm: difference(rows, arm, base) for arm in found if arm != base},
         "chosen": {
             arm: {str(budget): chosen(rows, arm, budget) for budget in BUDGETS}
             for arm in arms
@@ -167,15 +169,15 @@ def summary(rows: Sequence[Row], config: Mapping[str, Any]) -> dict[str, Any]:
 def as_card(found: Mapping[str, Any], own: str = BUNDLED) -> dict[str, Any]:
     """The same as results of the card of the pool of an arm: its routes, and what other arms have of their shapes."""
     arms = [own, *(arm for arm in ON_CARDS if arm in found["networks"] and arm != own)]
-    parts, data = ("mean", "sd", "n"), found["data"]
+    parts, data, base = ("mean", "sd", "n"), found["data"], found["base"]
     return {
         "number": "test accuracy",
         "recipe": f"{data['train']:,} images of {data['data']} at {data['image_size']} px, AdamW, random crops and "
-        f"flips, the same training compute for every arm ({found['compute'][OURS]['total']:.1f} x 10^12 FLOPs, "
+        f"flips, the same training compute for every arm ({found['compute'][found['reference']]['total']:.1f} x 10^12 FLOPs, "
         f"extraction included; net2net: its share of that); each seed has an extraction of its own, the first of "
         f"which is bundled; {data['test']:,} test images",
         "meanings": {arm: ("this learngene: " if arm == own else "") + MEANINGS[arm] for arm in arms},
-        "base": BASE,
+        "base": base,
         "digests": {arm: found["digests"][arm] for arm in arms},
         "overall": {arm: None for arm in arms},
         "cells": [
@@ -191,7 +193,7 @@ def as_card(found: Mapping[str, Any], own: str = BUNDLED) -> dict[str, Any]:
             }
             for route in found["networks"][own]
         ],
-        f"minus_{BASE}": {
+        f"minus_{base}": {
             own: {
                 "overall": found["overall"][own],
                 "per_shape_and_set": {

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from learngene_hub._fit import has_bf16
+
 RowT = TypeVar("RowT")
 _READERS = {"int": int, "float": float, "str": str}
 
@@ -74,3 +76,8 @@ def run(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     return failed
+
+
+def precision_here(asked: str) -> str:
+    """fp32 in place of bf16 on a CPU without instructions for it, where it takes tens of times as long; else as asked."""
+    return "fp32" if asked == "bf16" and not has_bf16() else asked

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import yaml
 from _arms import ANCESTOR, file_digest, machine, open_ancestor, parse_shape
-from _runs import read_rows, run
+from _runs import precision_here, read_rows, run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -124,7 +124,7 @@ def make_ancestor(sources: Sources) -> None:
     file, config = sources.work / "ancestor.safetensors", sources.read()
     if file.exists():
         return
-    stage = config["ancestor"]
+    stage = config["ancestor"] | {"precision": precision_here(config["ancestor"]["precision"])}
     train, test = images_of(sources, "train", stage["images"]), images_of(sources, "test", stage["test"])
     bare = extract("net2net", open_ancestor(str(sources.ancestor)), {})
     model = expand(bare, num_labels=len(train.classes), image_size=config["image_size"])
@@ -135,6 +135,7 @@ def make_ancestor(sources: Sources) -> None:
             seconds = step.seconds
             print(f"ancestor, epoch {step.epoch + 1}: {accuracies[-1]:.1f}", flush=True)
     facts = {"accuracy": accuracies, "images_seen": stage["images"] * stage["epochs"], "seconds": round(seconds, 1)}
+    facts |= {"precision": stage["precision"]}
     sources.work.mkdir(parents=True, exist_ok=True)
     (sources.work / "ancestor.json").write_text(json.dumps(facts, indent=1) + "\n")
     save_file({name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}, file)
