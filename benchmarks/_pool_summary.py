@@ -150,7 +150,11 @@ def summary(rows: Sequence[Row], config: Mapping[str, Any]) -> dict[str, Any]:
         "aside": networks(rows, ASIDE),
         "mean_over_networks": {arm: spread([n["mean"] for n in by.values()])["mean"] for arm, by in found.items()},
         "differences": {
-            f"{one} - {arm}": difference(rows, one, arm) for one in (OURS, BUNDLED) if one in found for arm in found if arm != one
+            f"{one} - {arm}": difference(rows, one, arm)
+            for one in (OURS, BUNDLED)
+            if one in found
+            for arm in found
+            if arm != one
         },
         "per_route": {
             arm: {route: difference(rows, arm, base, route) for route in found[arm] if route in found.get(base, {})}
@@ -170,10 +174,11 @@ def as_card(found: Mapping[str, Any], own: str = BUNDLED) -> dict[str, Any]:
     """The same as results of the card of the pool of an arm: its routes, and what other arms have of their shapes."""
     arms = [own, *(arm for arm in ON_CARDS if arm in found["networks"] and arm != own)]
     parts, data, base = ("mean", "sd", "n"), found["data"], found["base"]
+    spent = found["compute"][found["reference"]]["total"]
     return {
         "number": "test accuracy",
         "recipe": f"{data['train']:,} images of {data['data']} at {data['image_size']} px, AdamW, random crops and "
-        f"flips, the same training compute for every arm ({found['compute'][found['reference']]['total']:.1f} x 10^12 FLOPs, "
+        f"flips, the same training compute for every arm ({spent:.1f} x 10^12 FLOPs, "
         f"extraction included; net2net: its share of that); each seed has an extraction of its own, the first of "
         f"which is bundled; {data['test']:,} test images",
         "meanings": {arm: ("this learngene: " if arm == own else "") + MEANINGS[arm] for arm in arms},

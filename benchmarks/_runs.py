@@ -79,5 +79,5 @@ def run(
 
 
 def precision_here(asked: str) -> str:
-    """fp32 in place of bf16 on a CPU without instructions for it, where it takes tens of times as long; else as asked."""
+    """fp32 in place of bf16 on a CPU without instructions for it, where bf16 takes tens of times as long."""
     return "fp32" if asked == "bf16" and not has_bf16() else asked
