@@ -318,6 +318,8 @@ def test_the_choice_is_the_most_accurate_route_that_fits() -> None:
         assert factory.plan(learngene, max_params=budget) == sizes[max(fitting)]
     best = with_table(learngene, accuracy | {20: 99.0})
     assert factory.plan(best, max_params=10**9) == sizes[20] and factory.plan(best, depth=6) == sizes[20]
+    assert factory.plan(best, depth=6, width=8) == sizes[2]  # both sizes of an instance: it alone, whatever it scores
+    assert factory.plan(best, depth=6, width=8, max_params=sizes[2].params() - 1) == sizes[20]
     untold = replace(learngene, provenance={})
     assert factory.plan(untold, max_params=10**9) == sizes[21]  # the largest
 
@@ -331,7 +333,11 @@ def test_a_table_that_is_none_is_no_table(odd: Any) -> None:
 def test_what_no_route_has_is_refused_with_the_nearest_and_who_has_it() -> None:
     learngene = pool_of_18()
     for sizes, message in (
-        ({"width": 12}, "width 12 asked; .*depth 6-8 and end 4, 8 wide: .*nearest are route 2 .*net2net and lsamd"),
+        (
+            {"width": 12},
+            "width 12 asked; .*depth 6-8 and end 4, 8 wide: .*nearest are route 2 .*net2net grows every depth",
+        ),
+        ({"width": 10}, "width 10 asked; .*; heads are 4 wide everywhere"),
         ({"depth": 9}, "depth 9 asked; .*nearest are route 21 "),
         ({"depth": 8, "width": 4}, "depth 8 and width 4 asked"),
         ({"heads": 5}, "heads 5 asked"),

@@ -4,6 +4,7 @@ load; what each can grow, in words and numbers; and who is named for what it can
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from conftest import build_pico
 from kinds import RESNET, noise
 from planted import variant
+from taught import randomised
 from timm.models._hub import save_for_hf
 from torch import nn
 from typer.testing import CliRunner, Result
@@ -22,7 +24,7 @@ from learngene_hub._conv import ConvShape
 from learngene_hub.descendant import Descendant
 from learngene_hub.errors import ShapeError
 from learngene_hub.learngene import Learngene
-from learngene_hub.shape import shape_of
+from learngene_hub.shape import ViTShape, shape_of
 
 VGG = ConvShape(family="vgg", stages=((4,), (6, 6), (8, 8)), head_hidden=8, head_kernel=2, image_size=32, classes=10)
 QUICK = ["batch_size=8", "crop_padding=2", "epochs=1"]
@@ -137,9 +139,31 @@ def test_what_one_cannot_grow_names_who_could_and_they_can(
         assert getattr(shape, size) in (value, (value,) * shape.depth)
 
 
+def test_more_than_twice_the_ancestors_depth_is_for_those_with_a_deeper_auxiliary() -> None:
+    learngene = factory.extract("heuristic", made := ancestor("vit"), {}, settings={"last_k": 2})
+    with pytest.raises(ShapeError, match="a learngene of tleg or ldr extracted with depth=5 can grow 9x64"):
+        factory.plan(learngene, depth=9)
+    deeper = replace(ViTShape.of(made), depth=5)
+    grown: Any = factory.plan(randomised("tleg", deeper, ["base", "slope"]), depth=9, width=64)
+    assert (grown.depth, grown.width) == (9, 64)
+
+
+def test_cnns_of_other_sizes_name_who_could() -> None:
+    auto = factory.extract("auto", ancestor("vgg"), {}, settings={"layers": [0, 1]})
+    with pytest.raises(ShapeError, match=r"width 8 would work, and .* heuristic can .* \(--set front=\[32,64,128\]\)"):
+        factory.plan(auto, width=64)
+    heuristic = factory.extract("heuristic", ancestor("vgg"), {}, settings={"last_k": 2})
+    other: Any = factory.plan(heuristic, settings={"front": [32, 64, 128]}, depth=6)
+    assert other.stages[:3] == ((32,), (64,), (128,))
+    with pytest.raises(
+        ShapeError, match="a learngene of heuristic of an ancestor of 25 or more layers can grow depth 50"
+    ):
+        factory.plan(heuristic, depth=50)
+
+
 def test_where_none_could_none_is_named() -> None:
     learngene = factory.extract("heuristic", ancestor("vit"), {}, settings={"last_k": 2})
-    wrong: list[dict[str, Any]] = [{"depth": 9}, {"width": 288}, {"depth": 9, "heads": 4}]
+    wrong: list[dict[str, Any]] = [{"width": 288}, {"depth": 9, "width": 288}, {"depth": 0}]
     for asked in wrong:
         with pytest.raises(ShapeError) as told:
             factory.plan(learngene, **asked)

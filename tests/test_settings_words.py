@@ -113,3 +113,15 @@ def test_the_command_line_tells_and_takes_them_so(run: Call, tmp_path: Path) -> 
         said = run(*command, "--set", "psi_epochs=10").refused()
         assert "setting psi_epochs asked" in said and "schedule, select act at growth" in said
         assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_settings_of_the_tasks_say_so_and_first_labels_explains_itself(run: Call) -> None:
+    rows = {row["setting"]: row["description"] for row in json.loads(run("methods", "heuristic", "--json").out)}
+    told = {name for name, said in rows.items() if said.startswith("with tasks: ")}
+    assert told == {
+        *("classes_per_task", "epochs", "batch_size", "lr", "weight_decay"),
+        *("sigma", "quantile", "flip", "crop_padding"),
+    }
+    assert '"with tasks" do nothing' in rows["tasks"]
+    pool = {row["setting"]: row["description"] for row in json.loads(run("methods", "learngene-pool", "--json").out)}
+    assert pool["first_labels"].startswith("share (a) of the labels in the first stage's loss")

@@ -163,7 +163,10 @@ class Convs:
         if heads is not None:
             raise ShapeError(f"heads {heads} asked; this learngene grows a {self.native.family}, which has none")
         if width not in (None, self.native.width):
-            raise ShapeError(f"width {width} asked; auto keeps a CNN's channels: width {self.native.width} would work")
+            raise ShapeError(
+                f"width {width} asked; auto keeps a CNN's channels: width {self.native.width} would work, and a "
+                "learngene of heuristic can grow other channels before its gene (--set front=[32,64,128])"
+            )
         if self.native.depth < (depth or 0) <= 2 * self.native.depth:
             raise ShapeError(
                 f"depth {depth} asked; auto reaches a CNN's own depth: {self.native.depth} would work, and a "

@@ -54,6 +54,8 @@ def _others(native: ViTShape, depth: int, width: int, *, heads: bool = False) ->
         fits = width == native.width and depth <= native.depth
         return ", and a learngene of cluster can grow any number of heads at this width" if fits else ""
     step = native.head_dim
-    if not 1 <= depth <= 2 * native.depth or not step <= width <= 4 * native.width or width % step:
+    if depth < 1 or not step <= width <= 4 * native.width or width % step:
         return ""
+    if depth > 2 * native.depth:  # their auxiliaries may be deeper than the ancestor
+        return f", and a learngene of tleg or ldr extracted with depth={-(-depth // 2)} can grow {depth}x{width}"
     return f", and a learngene of {'net2net or lsamd' if depth > 1 else 'net2net'} can grow {depth}x{width}"

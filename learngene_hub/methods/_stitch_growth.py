@@ -26,7 +26,6 @@ from learngene_hub.transforms import BLOCK_KEYS, HEAD_KEYS
 
 GROUPS = frozenset({"instance", "stitch"})
 COLUMNS = ("id", "route", "params", "flops", "accuracy")  # of the table in the provenance
-ELSEWHERE = "net2net and lsamd reach every depth and width"
 MAX_INSTANCES = 32
 AnyShape = ViTShape | StitchedShape
 
@@ -177,7 +176,9 @@ def choose(
 ) -> AnyShape:
     """The route that fits these sizes best: the most accurate by the learngene's own table, else the largest.
 
-    With ``route`` it is that one, and with nothing asked the native one, the largest instance alone.
+    With ``route`` it is that one, and with nothing asked the native one, the largest instance alone. Where ``depth``
+    and ``width`` are both those of an instance it is that instance alone, a plain ViT, whatever the table says of the
+    routes of as many blocks that end in it.
 
     Raises:
         ShapeError: no route has these sizes.
@@ -201,7 +202,7 @@ def choose(
         if depth in (None, shape.depth) and width in (None, shape.width) and _has_heads(shape, heads)
     }
     if not fitting:
-        raise ShapeError(_nothing_fits(shapes, route, depth, width, heads))
+        raise ShapeError(_nothing_fits(shapes, learngene.shape, route, depth, width, heads))
     within = {n: shape for n, shape in fitting.items() if max_params is None or shape.params() <= max_params}
     if not within:
         least = min(fitting, key=lambda number: fitting[number].params())
@@ -209,6 +210,9 @@ def choose(
             f"at most {max_params:,} parameters asked; the smallest route that fits, {least} ({fitting[least]}), has "
             f"{fitting[least].params():,}"
         )
+    plain = {n: shape for n, shape in within.items() if isinstance(shape, ViTShape)}
+    if depth is not None and width is not None and plain:
+        within = plain
     known = accuracies(learngene)
     if within.keys() <= known.keys():  # of equal ones the smallest
         return within[max(within, key=lambda number: (known[number], -within[number].params(), -number))]
@@ -224,7 +228,12 @@ def _has_heads(shape: AnyShape, heads: int | Sequence[int] | None) -> bool:
 
 
 def _nothing_fits(
-    shapes: Mapping[int, AnyShape], route: int, depth: int | None, width: int | None, heads: int | Sequence[int] | None
+    shapes: Mapping[int, AnyShape],
+    native: ViTShape,
+    route: int,
+    depth: int | None,
+    width: int | None,
+    heads: int | Sequence[int] | None,
 ) -> str:
     """Which sizes there are, and who has others."""
     sizes = {"depth": depth, "width": width, "heads": heads}
@@ -242,8 +251,19 @@ def _nothing_fits(
     depths, widths = (sorted({getattr(shape, name) for shape in shapes.values()}) for name in ("depth", "width"))
     return (
         f"{asked}; the routes of this pool have depth {_ranges(depths)} and end {', '.join(map(str, widths))} wide: "
-        f"the nearest are route {near}; {ELSEWHERE}"
+        f"the nearest are route {near}{_elsewhere(native, width, heads)}"
     )
+
+
+def _elsewhere(native: ViTShape, width: int | None, heads: int | Sequence[int] | None) -> str:
+    """Whose learngenes may have the sizes; "" where none has. How deep and wide the ancestor is, no pool says."""
+    uneven = width is not None and width % native.head_dim
+    other = heads is not None and set([heads] if isinstance(heads, int) else heads) != {
+        (width or native.width) // native.head_dim
+    }
+    if uneven or other:
+        return f"; heads are {native.head_dim} wide everywhere, so the width is a multiple of it"
+    return "; a learngene of net2net grows every depth and width of whole heads up to 2 and 4 times its ancestor's"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -74,16 +74,16 @@ class Heuristic:
     choice: str = "last"  # the last ones, as published; or "calmest": those of the best score of rho, in a row
     fisher: int = 0  # images that the Fisher information of the kept layers is estimated from; 0: none is stored
     # The tasks whose gradients are measured, each trained for ``epochs``.
-    tasks: int = 0  # 0: nothing is measured, and nothing trained
-    classes_per_task: int = 5  # drawn from those of the data
-    epochs: int = 1  # passes over the images of each task
-    batch_size: int = 64  # images per update
-    lr: float = 1e-3  # constant
-    weight_decay: float = 5e-4  # of tensors of two and more dimensions
-    sigma: float = 0.0  # threshold of |gradient|; 0: the quantile of the first updates' gradients
-    quantile: float = 0.9  # of |gradient|, for sigma 0
-    flip: bool = True  # mirror images at random
-    crop_padding: int = 4  # pixels by which a random crop moves
+    tasks: int = 0  # 0: nothing is measured or trained, and the settings "with tasks" do nothing
+    classes_per_task: int = 5  # with tasks: drawn from those of the data
+    epochs: int = 1  # with tasks: passes over the images of each
+    batch_size: int = 64  # with tasks: images per update
+    lr: float = 1e-3  # with tasks: learning rate, constant
+    weight_decay: float = 5e-4  # with tasks: of tensors of two and more dimensions
+    sigma: float = 0.0  # with tasks: threshold of |gradient|; 0: the quantile of the first updates' gradients
+    quantile: float = 0.9  # with tasks: of |gradient|, for sigma 0
+    flip: bool = True  # with tasks: mirror images at random
+    crop_padding: int = 4  # with tasks: pixels by which a random crop moves
     seed: int = 0  # of every random draw
     # Growth.
     stem: str = "fresh"  # of a ViT: random; or "inherit": the ancestor's, which is then stored too
@@ -303,8 +303,13 @@ class Heuristic:
                 f"width {width} asked; a descendant of this learngene ends with the gene's {only} channels: "
                 "settings={'front': [..]} sets those before it"
             )
-        if depth is not None and depth > learngene.reach.depths[1]:
-            learngene.reach.require(depth, only)  # before so many layers are listed
+        if depth is not None and depth > learngene.reach.depths[1]:  # before so many layers are listed
+            least = f"of an ancestor of {-(-depth // 2)} or more layers"
+            who = "that keeps fewer (last_k)" if depth <= 2 * native.depth else least
+            try:
+                learngene.reach.require(depth, only)
+            except ShapeError as error:
+                raise ShapeError(f"{error}, and a learngene of heuristic {who} can grow depth {depth}") from None
         shape = cut.plan_conv(
             native, parts.numbers(learngene.tensors, "conv"), depth=depth, front=self.front,
             head_hidden=self.head_hidden, num_labels=num_labels, image_size=image_size, in_chans=in_chans,

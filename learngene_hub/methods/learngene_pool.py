@@ -66,7 +66,7 @@ class LearngenePool(Stitching):
     depth: int = 0  # blocks of each auxiliary; 0: half of the ancestor's
     widths: tuple[int, ...] = ()  # of two or three auxiliaries, rising; none: a quarter and all of the ancestor's
     places: tuple[int, ...] = ()  # positions that each is distilled at, 1 to 3; none: 3 for the first, 1 for the others
-    first_labels: float = 0.1  # a
+    first_labels: float = 0.1  # share (a) of the labels in the first stage's loss; the rest is the ancestor's word
 
     def __post_init__(self) -> None:
         super().__post_init__()
