@@ -10,9 +10,12 @@ import functools
 import inspect
 import json
 import os
+import shlex
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,6 +35,8 @@ NEXT: Mapping[type, str] = {  # error -> the command that helps, where one does;
     errors.RegistryError: "learngene list",
     errors.TrainingError: "learngene {command} with a lower learning rate",
 }
+
+MIXTURE = "`learngene select {name} --data FEW_IMAGES --out DIR` writes a mixture of it, a learngene to grow"
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A registry name, a path, or ORG/REPO[@REVISION].")]
 DepthOption = Annotated[int | None, typer.Option("--depth", help="Blocks; native where left out.")]
@@ -92,10 +97,11 @@ def chosen_output(
     return Output(format=asked.pop() if asked else Format.auto, color=may_color(refused=no_color))
 
 
-def verb(run: Callable[..., None]) -> Callable[..., None]:
+def verb(run: Callable[..., None], hints: Mapping[type, str] = MappingProxyType({})) -> Callable[..., None]:
     """``run(out, ...)`` as a command: its own options, then those of ``chosen_output``, from which ``out`` is made.
 
     Typer reads a command's options from its signature, so the signature that it is shown is the sum of the two.
+    ``hints`` are laid over ``NEXT``; they may name any argument in braces.
     """
     own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
     shared = list(inspect.signature(chosen_output, eval_str=True).parameters.values())
@@ -105,7 +111,9 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
     def command(**given: Any) -> None:
         out = chosen_output(**{parameter.name: given.pop(parameter.name) for parameter in shared})
         name = next((str(given[key]) for key in ("name", "model") if given.get(key)), "NAME")
-        call(functools.partial(run, out, **given), out, run.__name__.rstrip("_"), name)
+        said = {key: shlex.quote(str(value)) for key, value in {**given, "name": name}.items()}
+        said["command"] = run.__name__.rstrip("_")
+        call(functools.partial(run, out, **given), out, {**NEXT, **hints}, said)
 
     del command.__wrapped__
     command.__signature__ = inspect.Signature(both)  # pyright: ignore[reportAttributeAccessIssue]
@@ -113,8 +121,8 @@ def verb(run: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def call(run: Callable[[], None], out: Output, command: str, name: str = "NAME") -> None:
-    """Runs a command; whatever it raises becomes one line on stderr and an exit status."""
+def call(run: Callable[[], None], out: Output, hints: Mapping[type, str], said: Mapping[str, str]) -> None:
+    """Runs a command; whatever it raises becomes one line on stderr, with the hint for it, and an exit status."""
     debug = os.environ.get("LEARNGENE_DEBUG") == "1"
     if not out.interactive:  # the libraries below read these when they are imported, which is later
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -131,8 +139,8 @@ def call(run: Callable[[], None], out: Output, command: str, name: str = "NAME")
     except errors.LearngeneError as error:
         if debug:
             raise
-        fits = next(NEXT[kind] for kind in type(error).__mro__ if kind in NEXT)
-        out.error(f"{error} (next: {fits.format(command=command, name=name)})")
+        fits = next(hints[kind] for kind in type(error).__mro__ if kind in hints)
+        out.error(f"{error} (next: {fits.format(**said)})")
         raise typer.Exit(1) from None
     except Exception as error:  # the last line of defence: a bug, or a machine that is out of memory or disk
         if debug:
@@ -159,6 +167,38 @@ def require_new(out: Output, path: Path, *, yes: bool) -> None:
     if not out.interactive:
         raise errors.StoreError(f"{path} is there already; --yes writes over it, another name keeps it")
     typer.confirm(f"{path} is there already. Write over it?", abort=True, err=True)
+
+
+def require_place(path: Path) -> None:
+    """Makes sure, by a file that is gone at once, that something can be written at ``path``: before it is computed.
+
+    Raises:
+        StoreError: it cannot.
+    """
+    there = Path(os.path.abspath(path.parent if path.suffix == ".safetensors" else path))
+    missing = path.suffix != ".safetensors"  # folders are made where they are missing, a file's are not
+    while missing and not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return
+    except OSError as error:
+        raise errors.StoreError(
+            f"{path} cannot be written: {there}: {error.strerror}; a place in a folder of your own would work"
+        ) from error
+
+
+def tell_pool(out: Output, name: str, instead: str) -> None:
+    """Says of a learngene that is the anchor of a pool that it alone is used, and what is meant ``instead``.
+
+    Raises:
+        LearngeneError: there is nothing of that name.
+    """
+    from learngene_hub.hub import pool_at, seen
+
+    path = seen(name)
+    if path is not None and pool_at(path):
+        out.note(f"{name} is a pool, and its anchor alone is used here: {instead.format(name=shlex.quote(name))}")
 
 
 NUMBER_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from learngene_hub import errors
-from learngene_hub._command import NameArgument, YesOption, require_new
+from learngene_hub._command import NameArgument, YesOption, require_new, tell_pool
 from learngene_hub._output import Output
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def push(
     from learngene_hub import hub
 
     learngene = hub.pull(name)
+    tell_pool(out, name, f"`learngene pool push {{name}} {repo}` sends all of it")
     measured = _read_json(results) if results else None
 
     def run(*, dry: bool, overwrite: bool) -> Pushed:

@@ -48,8 +48,12 @@ def push_pool(
         raise ArtefactError(f"{wrong[0]}; nothing was sent")
     store = HubStore(file_name=MANIFEST, token=token)
     order = _order(repo, branch, private, create_pr, message or "Push a pool", overwrite, dry_run)
-    if not overwrite and _has_grown(pool.manifest, store, order.target):
-        order = _order(repo, branch, private, create_pr, message or "Push a pool that has grown", True, dry_run)
+    there = None if overwrite else _same_pool(pool.manifest, store, order.target)
+    if there is not None:
+        if not create_pr:
+            _require_kept(pool.manifest, there, order.target)
+        if pool.manifest.entries[: len(there.entries)] == there.entries:
+            order = _order(repo, branch, private, create_pr, message or "Push a pool that has grown", True, dry_run)
     rows = (pool.manifest.anchor, *pool.manifest.entries)
     files: Files = {
         **{path_within(row): place_of(pool.folder, row) for row in rows},
@@ -59,16 +63,29 @@ def push_pool(
     return send(files, order, HubStore(token=token), sha256=pool.manifest.anchor.sha256, license=license)
 
 
-def _has_grown(manifest: Manifest, store: HubStore, target: Repository) -> bool:
-    """Whether a repository holds this pool as it was before some of its entries were added."""
+def _same_pool(manifest: Manifest, store: HubStore, target: Repository) -> Manifest | None:
+    """What a repository holds of this pool, with whatever entries; None where it holds no pool, or another one."""
     try:
         there = parse(store.read(str(target)).read_bytes())
     except (StoreError, ArtefactError, OSError):
-        return False
-    same = all(
-        getattr(there, name) == getattr(manifest, name) for name in ("anchor", "topology", "entry", "components")
-    )
-    return same and manifest.entries[: len(there.entries)] == there.entries
+        return None
+    names = ("anchor", "topology", "entry", "components")
+    return there if all(getattr(there, name) == getattr(manifest, name) for name in names) else None
+
+
+def _require_kept(manifest: Manifest, there: Manifest, target: Repository) -> None:
+    """Makes sure that every entry of the manifest that is there is in the one that would take its place.
+
+    Raises:
+        StoreError: one is not.
+    """
+    own = {row.sha256 for row in manifest.entries}
+    if lost := [row.name for row in there.entries if row.sha256 not in own]:
+        names, them = (f"entry {lost[0]}", "it") if len(lost) == 1 else (f"entries {', '.join(lost[:20])}", "them")
+        raise StoreError(
+            f"{target} has another {MANIFEST}, of this pool: {names} would leave it; `learngene pool pull {target} "
+            f"FOLDER` fetches {them}, for `learngene pool add --entry`; overwrite=True (--yes) replaces what is there"
+        )
 
 
 def pool_card(pool: Pool, repo: str, description: str) -> str:

@@ -60,7 +60,7 @@ def add(
     learngene registry add org/name --replace --yes
     """
     from learngene_hub._registry_file import add_entry, current_text, with_entry
-    from learngene_hub.hub import fetch
+    from learngene_hub.hub import fetch, pool_at
 
     path = _editable(registry)
     fetched = fetch(source)
@@ -75,6 +75,8 @@ def add(
             _write_card(out, card, fetched, entry)
         add_entry(path, entry, replace=replace)
     out.facts(_row(entry) | {"registry": str(path), "written": not dry_run, "replaced": there}, key="name")
+    if pool_at(fetched.located.path):
+        out.note(f"{source} is a pool: the row pins its anchor; `learngene verify {entry.name}` looks at all of it")
     out.note(_next(path, entry.name) if not dry_run else "Next: the same command without --dry-run")
 
 
@@ -290,7 +292,7 @@ def _asked(registry: str | None) -> Registry:
 def _verdict(out: Output, entry: Entry) -> dict[str, Any]:
     """The row of one entry; what is wrong with it goes to stderr, a line each."""
     from learngene_hub._client import is_absent
-    from learngene_hub.hub import FolderStore, HubStore
+    from learngene_hub.hub import FolderStore, HubStore, pool_problems
 
     row: dict[str, Any] = {"name": entry.name, "ok": True, "bytes": None, "uri": entry.uri, "path": None}
     problems: list[str] = []
@@ -298,6 +300,7 @@ def _verdict(out: Output, entry: Entry) -> dict[str, Any]:
         path = HubStore().read(entry.uri) if entry.is_remote else FolderStore(root=entry.root).read(entry.uri)
         row |= {"path": str(path), "bytes": path.stat().st_size}
         problems += _differences(entry, path)
+        problems += [f"the pool that it is the anchor of: {problem}" for problem in pool_problems(path)]
         problems += _card_problems(entry)
     except (errors.StoreError, OSError) as error:
         if entry.is_remote and not (isinstance(error, errors.StoreError) and is_absent(error)):

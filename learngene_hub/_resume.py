@@ -1,4 +1,4 @@
-"""What extract and finetune share: where an interrupted run keeps its state, and what becomes of it."""
+"""What extract, finetune and pool add share: where an interrupted run keeps its state, and what becomes of it."""
 
 from __future__ import annotations
 
@@ -32,23 +32,35 @@ def claim(out: Output, path: Path, state: Path, *, resume: bool, yes: bool) -> N
     Raises:
         StoreError: something is there, and nobody said what to do with it.
     """
-    there = _is_begun(state)
-    if resume and there:
+    if goes_on(out, state, resume=resume, yes=yes):
         return
-    if resume:
-        out.note(f"nothing to resume: {state} holds no interrupted run; starting")
-    if there and not yes:
-        raise errors.StoreError(f"{state} holds an interrupted run; --resume goes on with it, --yes starts afresh")
     require_new(out, path, yes=yes)
     shutil.rmtree(state, ignore_errors=True)
 
 
+def goes_on(out: Output, state: Path, *, resume: bool, yes: bool) -> bool:
+    """Whether ``state`` is a run to go on with; False: one starts, and what is in ``state`` may go.
+
+    Raises:
+        StoreError: an interrupted run is there, and nobody said what to do with it.
+    """
+    there = is_begun(state)
+    if resume and there:
+        return True
+    if resume:
+        out.note(f"nothing to resume: {state} holds no interrupted run; starting")
+    if there and not yes:
+        raise errors.StoreError(f"{state} holds an interrupted run; --resume goes on with it, --yes starts afresh")
+    return False
+
+
 def is_finished(product: Path, state: Path) -> bool:
     """Whether a run wrote its ``product``, its last file, and left no state to go on with."""
-    return product.is_file() and not _is_begun(state)
+    return product.is_file() and not is_begun(state)
 
 
-def _is_begun(state: Path) -> bool:
+def is_begun(state: Path) -> bool:
+    """Whether an interrupted run left something in ``state``."""
     return state.is_dir() and any(state.iterdir())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -211,9 +212,9 @@ def verify(
     """Check that learngenes are whole; exit status 1 if not.
 
     That is format, sha256 and finite values, of all bundled ones and those of your own registry where none is named.
-    Only a NAME is fetched where it has to be, and fails where it cannot be. Otherwise what is not on this machine
-    counts as not checked: a dash in the table, null in JSON, and exit status 0, as `hf cache verify` has it. With
-    --quiet only the names that failed are printed: nothing means all is well.
+    Of a pool's anchor the pool is checked too. Only a NAME is fetched where it has to be, and fails where it cannot be.
+    Otherwise what is not on this machine counts as not checked: a dash in the table, null in JSON, and exit status 0,
+    as `hf cache verify` has it. With --quiet only the names that failed are printed: nothing means all is well.
 
     \b
     learngene verify
@@ -326,6 +327,12 @@ def _verdict(out: Output, subject: _Subject) -> Row:
         return _failed(out, subject.name, problem, row, subject.next)
     except OSError as error:  # StoreError is one
         return _failed(out, subject.name, str(error), row)
+    from learngene_hub.hub import pool_problems
+
+    if wrong := pool_problems(path):
+        more = f"; and {len(wrong) - 1} more" if wrong[1:] else ""
+        next = f"learngene pool verify {shlex.quote(subject.name)}"
+        return _failed(out, subject.name, f"the pool that it is the anchor of: {wrong[0]}{more}", row, next)
     return row | {"ok": True}
 
 

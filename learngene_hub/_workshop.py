@@ -13,6 +13,7 @@ import typer
 
 from learngene_hub import errors
 from learngene_hub._command import (
+    MIXTURE,
     DataOption,
     DepthOption,
     DeviceOption,
@@ -26,6 +27,7 @@ from learngene_hub._command import (
     YesOption,
     read_heads,
     read_settings,
+    tell_pool,
     tell_skipped,
 )
 from learngene_hub._extraction import extract as extract
@@ -118,6 +120,8 @@ def finetune(
         out.facts({"path": str(folder), "model": model, "data": data}, key="path")
         out.note(f"{folder} is finished already; nothing is left to resume")
         return
+    if not (Path(model) / "config.json").is_file():
+        tell_pool(out, model, MIXTURE)
     claim(out, folder, state, resume=resume, yes=yes)
     splits = [train_split, *([test_split] if test_split else [])]
     with interruptible(out, state):

@@ -16,6 +16,7 @@ import typer
 
 from learngene_hub import _exchange, _extraction, _pool_commands, _registry_commands, _shelf, _workshop, errors
 from learngene_hub._command import (
+    MIXTURE,
     NUMBER_BYTES,
     ChannelsOption,
     DepthOption,
@@ -32,6 +33,7 @@ from learngene_hub._command import (
     read_heads,
     read_settings,
     require_new,
+    tell_pool,
     verb,
 )
 from learngene_hub._hf_extension import hf_extension
@@ -120,6 +122,7 @@ def show(
         "descendant": _cost(shape, dtype),
     }
     out.facts(facts, key="name")
+    tell_pool(out, name, "`learngene pool show {name}` tells of its entries, and " + MIXTURE)
 
 
 def _cost(shape: Shape, dtype: str) -> dict[str, Any]:
@@ -236,6 +239,7 @@ def expand(
         "settings": read_settings(None, settings or []),
     }
     shape = factory.plan(pull(name), **asked)
+    tell_pool(out, name, MIXTURE)
     facts = {"path": str(folder), "learngene": name, "written": not dry_run} | _cost(shape, dtype)
     if not dry_run:
         require_new(out, folder, yes=yes)
@@ -258,7 +262,7 @@ def _grow(name: str, folder: Path, asked: dict[str, Any], dtype: str, seed: int)
     return time.perf_counter() - began
 
 
-app.command()(verb(_extraction.extract))
+app.command()(verb(_extraction.extract, {errors.ShapeError: "learngene methods {method}"}))
 app.command()(verb(_workshop.finetune))
 app.command()(verb(_workshop.evaluate))
 app.command()(verb(_exchange.push))

@@ -34,7 +34,7 @@ from learngene_hub._store import HubStore as HubStore
 from learngene_hub._store import Peek, digests, file_at, refuse_revision, resolved_revision
 from learngene_hub._store import Store as Store
 from learngene_hub.errors import ArtefactError, SettingsError, StoreError
-from learngene_hub.learngene import Learngene
+from learngene_hub.learngene import FILE_NAME, Learngene
 from learngene_hub.pool import Pool
 from learngene_hub.registry import Entry, Registry
 
@@ -148,6 +148,38 @@ def preview(name_or_path_or_uri: str | os.PathLike[str], *, revision: str | None
     assert place.asked is not None
     peek = HubStore().peek(str(place.asked))
     return f"hf://{place.asked.repo}@{peek.revision}", peek
+
+
+def seen(name_or_path_or_uri: str | os.PathLike[str]) -> Path | None:
+    """The file that ``pull`` would load, as far as this machine knows without asking anybody: None of a repository that
+    is not in the client's cache.
+
+    Raises:
+        RegistryError, StoreError, SettingsError: as ``pull``.
+    """
+    place = _resolve(name_or_path_or_uri, None)
+    if place.path is not None or place.asked is None:
+        return place.path
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(place.asked.repo, FILE_NAME, revision=place.asked.revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def pool_at(path: Path) -> Path | None:
+    """The folder of the pool whose anchor is this file; None where it is of none, as far as this machine knows."""
+    return path.parent if path.name == FILE_NAME and (path.parent / MANIFEST).is_file() else None
+
+
+def pool_problems(path: Path) -> list[str]:
+    """What is wrong with the pool whose anchor is this file, one line each; nothing, where it is of none."""
+    folder = pool_at(path)
+    if folder is None:
+        return []
+    try:
+        return Pool.load(folder).verify()
+    except (ArtefactError, StoreError) as error:
+        return [str(error)]
 
 
 def known() -> Registry:

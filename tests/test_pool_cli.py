@@ -20,6 +20,7 @@ from learngene_hub.learngene import Learngene
 from learngene_hub.pool import Pool
 
 QUICK = ["--data", "signdigits", "--limit", "40", "--epochs", "1", "--batch-size", "20"]
+SMALL = ["--image-size", "16"]
 
 
 class Result:
@@ -61,7 +62,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_pool_from_beginning_to_end(here: Path, run: Call) -> None:
-    made = run("pool", "create", "mine", "anchor", "--json").json()
+    made = run("pool", "create", "mine", "anchor", *SMALL, "--json").json()
     assert made["anchor"] == "net2net" and made["sha256"] == Learngene.load("anchor/learngene.safetensors").digest
     added = run("pool", "add", "mine", *QUICK, "--json").json()
     assert (added["name"], added["entries"], added["steps"], added["images_seen"]) == ("signdigits", 1, 2, 40)
@@ -79,7 +80,7 @@ def test_a_pool_from_beginning_to_end(here: Path, run: Call) -> None:
 
 
 def test_select_prints_entries_weights_residual_and_seconds(here: Path, run: Call) -> None:
-    run("pool", "create", "mine", "anchor")
+    run("pool", "create", "mine", "anchor", *SMALL)
     run("pool", "add", "mine", *QUICK)
     asked = ["select", "mine", "--data", "signdigits", "--limit", 20, "--unlabelled", "--split", "test"]
     said = run(*asked, "--json").json()
@@ -96,7 +97,7 @@ def test_select_prints_entries_weights_residual_and_seconds(here: Path, run: Cal
 
 
 def test_the_mixture_is_written_and_grown_like_any_learngene(here: Path, run: Call) -> None:
-    run("pool", "create", "mine", "anchor")
+    run("pool", "create", "mine", "anchor", *SMALL)
     run("pool", "add", "mine", *QUICK)
     asked = ["select", "mine", "--data", "signdigits", "--limit", 20, "--unlabelled"]
     assert run(*asked, "--out", "mixed", "--json").json()["out"] == "mixed"
@@ -110,7 +111,7 @@ def test_the_mixture_is_written_and_grown_like_any_learngene(here: Path, run: Ca
 def test_an_ancestor_is_projected_or_refused(here: Path, run: Call) -> None:
     from learngene_hub.descendant import Descendant
 
-    run("pool", "create", "mine", "anchor", "--components", 1)
+    run("pool", "create", "mine", "anchor", *SMALL, "--components", 1)
     grown = Descendant.from_learngene("anchor", num_labels=10)
     grown.save_pretrained("same")
     added = run("pool", "add", "mine", *QUICK[:4], "--ancestor", "same", "--json").json()
@@ -127,23 +128,23 @@ def test_an_ancestor_is_projected_or_refused(here: Path, run: Call) -> None:
 
 def test_an_entry_of_a_copy_is_taken(here: Path, run: Call) -> None:
     for name in ("mine", "theirs"):
-        run("pool", "create", name, "anchor")
+        run("pool", "create", name, "anchor", *SMALL)
     sha256 = run("pool", "add", "theirs", *QUICK, "--json").json()["sha256"]
     file = f"theirs/entries/{sha256}.safetensors"
     assert run("pool", "add", "mine", "--entry", file, "--name", "taken", "--json").json()["sha256"] == sha256
     factory.extract("net2net", build_pico(TINY, seed=1), {}, facts=FACTS).save_pretrained("other")
-    run("pool", "create", "stranger", "other")
+    run("pool", "create", "stranger", "other", *SMALL)
     assert "increments of two anchors cannot be summed" in run("pool", "add", "stranger", "--entry", file).refused()
 
 
 def test_each_refusal_is_one_line(here: Path, run: Call) -> None:
-    run("pool", "create", "mine", "anchor")
+    run("pool", "create", "mine", "anchor", *SMALL)
     assert "is not a pool: it has no pool.json" in run("pool", "show", "anchor").refused()
     assert "'nowhere'" in run("select", "nowhere", "--data", "signdigits").refused()
     assert "the pool is empty" in run("select", "mine", "--data", "signdigits", "--limit", 20).refused()
-    assert "is there already" in run("pool", "create", "mine", "anchor").refused()
+    assert "is there already" in run("pool", "create", "mine", "anchor", *SMALL).refused()
     assert "topology 'ring'" in run("pool", "create", "x", "anchor", "--topology", "ring").refused()
-    assert "give one of them" in run("pool", "add", "mine").refused()
+    assert "neither --data nor --entry asked; give one of them" in run("pool", "add", "mine").refused()
     assert "19 images; at least 20" in run("pool", "add", "mine", *QUICK[:3], 19).refused()
     assert "asked without --ancestor" in run("pool", "add", "mine", *QUICK, "--ancestor-weights", "w").refused()
     run("pool", "add", "mine", *QUICK)
@@ -156,7 +157,7 @@ def test_each_refusal_is_one_line(here: Path, run: Call) -> None:
 
 
 def test_verify_tells_each_wrong_file_and_fails(here: Path, run: Call) -> None:
-    run("pool", "create", "mine", "anchor")
+    run("pool", "create", "mine", "anchor", *SMALL)
     sha256 = run("pool", "add", "mine", *QUICK, "--json").json()["sha256"]
     path = here / "mine" / "entries" / f"{sha256}.safetensors"
     data = bytearray(path.read_bytes())
@@ -173,7 +174,7 @@ def test_verify_tells_each_wrong_file_and_fails(here: Path, run: Call) -> None:
 
 def test_help_is_instant_and_has_examples(run: Call) -> None:
     assert {"pool", "select"} <= set(run("--help").out.split())
-    for command in ("create", "add", "show", "verify", "push", "pull"):
+    for command in ("create", "add", "list", "show", "verify", "push", "pull"):
         assert f"learngene pool {command} " in run("pool", command, "--help").out
     assert "learngene select mypool" in run("select", "--help").out
     assert "learngene_hub._pool_grow" in sys.modules  # of the tests before; the command line alone does not import it
