@@ -63,8 +63,12 @@ def test_a_pool_that_has_grown_is_pushed_again_and_another_is_refused(server: Hu
     assert second.replaced == ("pool.json", "README.md") and before.items() < tree(server).items()
     assert len(hub.pull_pool(REPO)) == 3 and len(hub.pull_pool(REPO, revision=first.revision)) == 2
     assert not hub.push_pool(grown, REPO).changed
-    with pytest.raises(StoreError, match="has another pool.json"):  # it would lose an entry
-        hub.push_pool(pool, REPO)
+    for dry in (True, False):  # it would lose an entry
+        with pytest.raises(StoreError, match="has another pool.json, of this pool: entry look-3 would leave it; "):
+            hub.push_pool(pool, REPO, dry_run=dry)
+    with pytest.raises(StoreError, match="entries look-1, look-2, look-3 would leave it"):
+        hub.push_pool(pool_of(tmp_path / "first", (1,), count=30), REPO)
+    assert hub.push_pool(pool, REPO, create_pr=True).pull_request
     with pytest.raises(StoreError, match="has another learngene.safetensors"):
         hub.push_pool(pool_of(tmp_path / "other", (1,), kind="adaptive", license="mit"), REPO)
 
@@ -123,3 +127,23 @@ def test_the_command_line_pushes_and_pulls(server: Hub, pool: Pool, tmp_path: Pa
     assert run("pool", "pull", REPO, tmp_path / "theirs")["bytes"] == run("pool", "show", REPO)["bytes"]
     assert Pool.load(tmp_path / "theirs").manifest == pool.manifest
     assert run("pool", "verify", REPO)["ok"] is True
+    again = run("pool", "push", pool.folder, REPO)
+    assert (again["sent"], again["changed"]) == (False, False)
+    shown = run("pool", "show", REPO)
+    assert (shown["repository"], shown["revision"]) == (REPO, hub.pull_pool(REPO).revision)
+    assert "repository" not in run("pool", "show", pool.folder)
+
+
+def test_the_command_line_says_what_a_push_did_and_what_is_next(server: Hub, pool: Pool) -> None:
+    def told(*args: object) -> str:
+        return CliRunner().invoke(cli.app, [*map(str, args)]).stderr
+
+    assert told("pool", "push", pool.folder, REPO, "--dry-run") == "Next: the same command without --dry-run\n"
+    assert told("pool", "push", pool.folder, REPO) == f"Next: learngene pool pull {REPO} FOLDER\n"
+    assert told("pool", "push", pool.folder, REPO) == f"{REPO} holds this very pool already; nothing was sent\n"
+    assert "nothing would be sent" in told("pool", "push", pool.folder, REPO, "--dry-run")
+    hub.pull_pool(REPO)
+    assert f"{REPO} is a pool, and its anchor alone is used here" in told("show", REPO)
+    entry = pool.folder / "entries" / f"{pool.row('look-1').sha256}.safetensors"
+    entry.write_bytes(entry.read_bytes()[:-1])
+    assert told("pool", "push", pool.folder, REPO).endswith(f"(next: learngene pool verify {pool.folder})\n")
