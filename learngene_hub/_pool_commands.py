@@ -522,9 +522,9 @@ def select(
     seed: SeedOption = 0,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Write over what is there, without asking.")] = False,
 ) -> None:
-    """Which entries of a pool fit a task, and how much of each, from few of its images.
+    """Which entries of a pool fit a task, and how much of each.
 
-    A task that is like none of the pool's data gets no entry: the anchor alone.
+    A few images of the task say it. A task that is like none of the pool's data gets no entry: the anchor alone.
 
     \b
     learngene select mypool --data photos/ --limit 100

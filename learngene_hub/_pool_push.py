@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 from learngene_hub._client import Repository
 from learngene_hub._format import FILE_NAME
-from learngene_hub._pool_file import MANIFEST, Manifest, parse, path_within, place_of
 from learngene_hub._push import CARD, _license, _order
 from learngene_hub._send import Pushed, send
 from learngene_hub._store import Files, HubStore
-from learngene_hub.card import text
 from learngene_hub.errors import ArtefactError, StoreError
 
 if TYPE_CHECKING:
+    from learngene_hub._pool_file import Manifest
     from learngene_hub.pool import Pool
 
 
@@ -43,6 +42,8 @@ def push_pool(
         ArtefactError: a file of the pool is not what its manifest promises.
         StoreError: not allowed, not reachable, public although private was asked, or another pool is there.
     """
+    from learngene_hub._pool_file import MANIFEST, path_within, place_of  # here: it imports torch
+
     license = _license(pool.anchor.license, "the anchor, which cannot be given one any more")
     if wrong := pool.verify(strangers=False):
         raise ArtefactError(f"{wrong[0]}; nothing was sent")
@@ -65,6 +66,8 @@ def push_pool(
 
 def _same_pool(manifest: Manifest, store: HubStore, target: Repository) -> Manifest | None:
     """What a repository holds of this pool, with whatever entries; None where it holds no pool, or another one."""
+    from learngene_hub._pool_file import parse
+
     try:
         there = parse(store.read(str(target)).read_bytes())
     except (StoreError, ArtefactError, OSError):
@@ -79,6 +82,8 @@ def _require_kept(manifest: Manifest, there: Manifest, target: Repository) -> No
     Raises:
         StoreError: one is not.
     """
+    from learngene_hub._pool_file import MANIFEST
+
     own = {row.sha256 for row in manifest.entries}
     if lost := [row.name for row in there.entries if row.sha256 not in own]:
         names, them = (f"entry {lost[0]}", "it") if len(lost) == 1 else (f"entries {', '.join(lost[:20])}", "them")
@@ -90,7 +95,7 @@ def _require_kept(manifest: Manifest, there: Manifest, target: Repository) -> No
 
 def pool_card(pool: Pool, repo: str, description: str) -> str:
     """The card of the anchor, which a reader who knows nothing of pools may use, with the entries under it."""
-    from learngene_hub.card import card_text  # here: it imports torch
+    from learngene_hub.card import card_text, text  # here: it imports torch
 
     manifest = pool.manifest
     about = (

@@ -14,13 +14,12 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from learngene_hub import registry
 from learngene_hub._client import Repository as Repository
 from learngene_hub._client import is_repository
 from learngene_hub._client import parse_repository as parse_repository
-from learngene_hub._pool_file import MANIFEST, path_within, read_manifest
 from learngene_hub._pool_push import push_pool as push_pool
 from learngene_hub._push import push as push
 from learngene_hub._push import push_descendant as push_descendant
@@ -35,8 +34,12 @@ from learngene_hub._store import Peek, digests, file_at, refuse_revision, resolv
 from learngene_hub._store import Store as Store
 from learngene_hub.errors import ArtefactError, SettingsError, StoreError
 from learngene_hub.learngene import FILE_NAME, Learngene
-from learngene_hub.pool import Pool
 from learngene_hub.registry import Entry, Registry
+
+if TYPE_CHECKING:
+    from learngene_hub.pool import Pool
+
+POOL_FILE = "pool.json"  # that of ``_pool_file``, which imports torch; `learngene list` and its like should not
 
 
 class Located(NamedTuple):
@@ -100,6 +103,9 @@ def pull_pool(source: str | os.PathLike[str] | Pool, *, revision: str | None = N
         RegistryError, StoreError, SettingsError: as ``pull``, or there is no pool.
         ArtefactError: it was edited, or a file is not what the manifest promises.
     """
+    from learngene_hub._pool_file import MANIFEST, path_within, read_manifest
+    from learngene_hub.pool import Pool
+
     if isinstance(source, Pool):
         refuse_revision(revision, f"a pool that is loaded already, {source.name}")
         return source
@@ -168,7 +174,7 @@ def seen(name_or_path_or_uri: str | os.PathLike[str]) -> Path | None:
 
 def pool_at(path: Path) -> Path | None:
     """The folder of the pool whose anchor is this file; None where it is of none, as far as this machine knows."""
-    return path.parent if path.name == FILE_NAME and (path.parent / MANIFEST).is_file() else None
+    return path.parent if path.name == FILE_NAME and (path.parent / POOL_FILE).is_file() else None
 
 
 def pool_problems(path: Path) -> list[str]:
@@ -176,6 +182,8 @@ def pool_problems(path: Path) -> list[str]:
     folder = pool_at(path)
     if folder is None:
         return []
+    from learngene_hub.pool import Pool
+
     try:
         return Pool.load(folder).verify()
     except (ArtefactError, StoreError) as error:

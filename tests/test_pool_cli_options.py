@@ -17,7 +17,7 @@ from test_pool_cli import here as here  # fixtures
 from test_pool_cli import run as run
 from timm.models._hub import save_for_hf
 
-from learngene_hub import _pool_commands, errors, pool, training
+from learngene_hub import _pool_commands, _pool_file, errors, hub, pool, training
 from learngene_hub.learngene import Learngene
 from learngene_hub.pool import Pool
 from learngene_hub.registry import ENVIRONMENT
@@ -288,3 +288,4 @@ def test_the_state_lies_beside_the_pool(here: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(here / "mine")
     assert _pool_commands._state_of(".", "x") == here / "mine.x.training-state"
     assert issubclass(_pool_commands.ElsewhereError, errors.StoreError)
+    assert hub.POOL_FILE == _pool_file.MANIFEST
