@@ -25,7 +25,7 @@ PARTS = {  # name -> arm of parts.yaml, description
         "DeiT-Tiny's first two and last two blocks, to stand below fresh ones, as Auto-Learngene inherits.",
     ),
 }
-POOL = ("pool-deit-tiny", "sn-net-cut", "Two small ViTs cut out of DeiT-Tiny, and the stitches between them: {} networks.")
+POOL = ("pool-deit-tiny", "sn-net-cut", "Two small ViTs cut out of DeiT-Tiny, and stitches between them: {} networks.")
 
 
 def main() -> None:

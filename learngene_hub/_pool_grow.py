@@ -36,6 +36,7 @@ from learngene_hub.training import (
     image_batches,
     images_digest,
     logits_of,
+    state_digest,
 )
 from learngene_hub.transforms import BLOCK_KEYS, HEAD_KEYS, expected_shapes
 
@@ -77,7 +78,9 @@ def grown(
         trainee = Trainee.of(
             base, increment, pool.table(), classes=len(images.classes), image_size=space.image_size, seed=chosen.seed
         )
-        told |= trainee.train(images, chosen, teacher, watch, _identified(state_dir, pool, images, parents), device)
+        told |= trainee.train(
+            images, chosen, teacher, watch, _identified(state_dir, pool, images, parents, ancestor, teacher), device
+        )
         increment = trainee.increment()
     told |= {"classes": list(images.classes), "counts": images.labels.bincount(minlength=len(images.classes)).tolist()}
     told |= {"data": {images.name: {"images": len(images)}}}
@@ -175,12 +178,18 @@ def _outside(base: Learngene, state: Mapping[str, Tensor]) -> float:
 
 
 def _identified(
-    state_dir: StateDir | None, pool: Pool, images: Images, parents: Mapping[str, float]
+    state_dir: StateDir | None,
+    pool: Pool,
+    images: Images,
+    parents: Mapping[str, float],
+    ancestor: nn.Module | None,
+    teacher: nn.Module | None,
 ) -> StateDir | None:
     """Where a run keeps its state, which another run is then refused."""
     if state_dir is None:
         return None
     facts = {"anchor": pool.manifest.anchor.sha256, "parents": dict(parents), "data": images_digest(images)}
+    facts |= {name: state_digest(m) for name, m in (("begun", ancestor), ("teacher", teacher)) if m is not None}
     return replace(state_dir, identity={**state_dir.identity, **facts})
 
 
