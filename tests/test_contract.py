@@ -28,6 +28,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "net2net": {},
     "weight-selection": {"elements": "random", "layers": "random", "seed": 5},
     "front": {"attention": "heads"},
+    "gene-fl": {"blocks": 2, "images": 8, "seed": 5},
     "heuristic": {
         "stem": "inherit",
         "last_k": 2,

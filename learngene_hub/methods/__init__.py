@@ -31,6 +31,7 @@ from learngene_hub.methods.base import (
 )
 from learngene_hub.methods.cluster import Cluster
 from learngene_hub.methods.front import Front
+from learngene_hub.methods.gene_fl import GeneFl
 from learngene_hub.methods.heuristic import Heuristic
 from learngene_hub.methods.ldr import Ldr
 from learngene_hub.methods.learngene_pool import LearngenePool
@@ -61,6 +62,7 @@ BUILT_IN: Mapping[str, type] = MappingProxyType(
             SnNet,
             Cluster,
             Adaptive,
+            GeneFl,
         )
     }
 )
