@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -116,16 +116,34 @@ def load_images(
     if not len(rows.labels):
         raise DataError(f"{source}, split {split!r}, holds no images")
     labels, classes = _checked_labels(rows, str(source))
-    chosen = range(len(labels))
-    if limit is not None and limit < len(labels):
-        draw = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:limit]
-        chosen = sorted(draw.tolist())
+    chosen = _drawn(len(labels), limit, seed)
     pixels, kept = _decode.decode_rows(rows, chosen, size, in_chans, skip_unreadable)
     if not kept:
         raise DataError(f"{source}, split {split!r}: none of its {len(chosen)} images can be read")
     name = Path(source).name.removesuffix(".parquet") or str(source)
     found = torch.tensor([labels[i] for i in kept])
     return Images(torch.from_numpy(pixels), found, classes, name, skipped=len(chosen) - len(kept))
+
+
+def load_column(
+    source: str | Path, column: str, *, split: str = "train", limit: int | None = None, seed: int = 0
+) -> tuple[Any, ...]:
+    """The values of another column, such as a domain, of the images that ``load_images`` gives with the same split,
+    limit and seed; in their order.
+
+    Raises:
+        DataError: as ``load_images``; class folders have no columns.
+    """
+    place = _sample(str(source)) if str(source) in SAMPLES else source
+    rows = _decode.read_source(place, split, None, column)
+    return tuple(rows.labels[i] for i in _drawn(len(rows.labels), limit, seed))
+
+
+def _drawn(count: int, limit: int | None, seed: int) -> Sequence[int]:
+    """Which of ``count`` images are used, ascending."""
+    if limit is None or limit >= count:
+        return range(count)
+    return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
 
 
 def normalise(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:

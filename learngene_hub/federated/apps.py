@@ -1,0 +1,113 @@
+"""``client`` and ``server`` as ``flwr run`` starts them, a run on this machine, and the folder that ``flwr run`` takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from learngene_hub._version import __version__
+from learngene_hub.errors import SettingsError, StoreError, TrainingError
+from learngene_hub.federated.client import make_client_app
+from learngene_hub.federated.memory import MemoryGrid, as_server
+from learngene_hub.federated.server import Outcome, conduct, make_server_app
+from learngene_hub.federated.settings import Federation
+
+client = make_client_app()
+server = make_server_app()
+
+ENGINES = ("process", "flower")
+_TEMPLATE = """\
+# A Flower app: `flwr run .` runs it in simulation, `flwr run . NAME` on the SuperLink of that name in Flower's config.
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "gene-fl"
+version = "0.1.0"
+description = "Learngenes condensed, exchanged and inherited across clients that cannot share data"
+license = "Apache-2.0"
+dependencies = ["flwr[simulation]>=1.41", "learngene-hub[federated]>={version}"]
+
+[tool.hatch.build.targets.wheel]
+packages = ["gene_fl"]
+
+[tool.flwr.app]
+publisher = "learngene"
+
+[tool.flwr.app.components]
+serverapp = "gene_fl.server_app:app"
+clientapp = "gene_fl.client_app:app"
+
+# `learngene federate --help` says what these are; `--run-config "rounds=20 mu=0.1"` changes some for one run.
+[tool.flwr.app.config]
+{config}
+"""
+
+
+def simulate(settings: Federation, clients: int, *, engine: str = "process") -> Outcome:
+    """A run with ``clients`` that divide the data, on this machine.
+
+    Args:
+        engine: "process": one after the other in this process; "flower": Flower's simulation runtime on Ray, several at
+            a time (through ``run_simulation``, which Flower will replace by ``flwr run``). The numbers are the same.
+
+    Raises:
+        TrainingError, SettingsError, StoreError, DataError: as ``conduct``.
+    """
+    if engine not in ENGINES:
+        raise SettingsError(f"engine {engine!r} asked; there are {', '.join(ENGINES)}")
+    if clients < settings.min_clients:
+        raise SettingsError(f"{clients} clients asked; the run waits for min_clients {settings.min_clients}")
+    if engine == "process":
+        as_server()
+        return conduct(MemoryGrid.of(make_client_app(settings), clients), settings)
+    return _in_flower(settings, clients)
+
+
+def _in_flower(settings: Federation, clients: int) -> Outcome:
+    from flwr.simulation import run_simulation
+
+    found: list[Outcome] = []
+    resources = {"num_cpus": 1, "num_gpus": 0.0}
+    try:
+        run_simulation(
+            make_server_app(settings, found.append), make_client_app(settings), clients,
+            backend_config={"client_resources": resources},  # type: ignore[dict-item]
+        )  # fmt: skip
+    except SystemExit as error:  # Flower leaves so, after it has logged why
+        raise TrainingError(f"Flower's simulation ended with status {error.code}; its log says why") from error
+    if not found:
+        raise TrainingError("Flower's simulation ended without a result; its log says why")
+    return found[0]
+
+
+def write_app(folder: Path, settings: Federation) -> list[Path]:
+    """The files of a Flower app in ``folder``, with these settings as its run_config.
+
+    Raises:
+        StoreError: a file is there already, or cannot be written.
+    """
+    config = "\n".join(f"{name} = {_toml(value)}" for name, value in settings.to_run_config().items())
+    text = {
+        "pyproject.toml": _TEMPLATE.format(version=__version__, config=config),
+        "gene_fl/__init__.py": '"""GENE-FL, from learngene_hub."""\n',
+        "gene_fl/server_app.py": '"""The server."""\n\nfrom learngene_hub.federated.apps import server as app\n\n__all__ = ["app"]\n',
+        "gene_fl/client_app.py": '"""The client."""\n\nfrom learngene_hub.federated.apps import client as app\n\n__all__ = ["app"]\n',
+        "README.md": "# GENE-FL on Flower\n\n`flwr run .` runs it; `pyproject.toml` holds its settings.\n",
+    }
+    paths = [folder / name for name in text]
+    if there := [path for path in paths if path.exists()]:
+        raise StoreError(f"{there[0]} is there already; an empty folder would work")
+    try:
+        for path, content in zip(paths, text.values(), strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"cannot write into {folder}: {error.strerror}; another folder would work") from error
+    return paths
+
+
+def _toml(value: str | int | float | bool) -> str:
+    """A value as TOML writes it; a string's escapes are JSON's."""
+    return json.dumps(value)
