@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from learngene_hub import _exchange, _extraction, _pool_commands, _registry_commands, _shelf, _workshop, errors
+from learngene_hub import (
+    _exchange,
+    _extraction,
+    _federate,
+    _pool_commands,
+    _registry_commands,
+    _shelf,
+    _workshop,
+    errors,
+)
 from learngene_hub._command import (
     MIXTURE,
     NUMBER_BYTES,
@@ -270,6 +279,7 @@ app.command()(verb(_exchange.pull))
 app.command()(verb(_shelf.verify))
 app.add_typer(_registry_commands.app)
 _pool_commands.mount(app)
+app.command()(verb(_federate.federate))
 app.command("hf-extension")(verb(hf_extension))
 
 

@@ -39,7 +39,7 @@ class LeftOut:
 
 
 def read_reply(message: Message, sizes: Mapping[str, tuple[int, ...]], layers: int | None) -> Reply | LeftOut:
-    """The reply, checked: exactly the tensors ``sizes`` (name -> size), finite; xi of ``layers`` numbers (None: any)."""
+    """The reply checked: exactly the tensors ``sizes`` (name -> size), finite; xi of ``layers`` numbers."""
     node = message.metadata.src_node_id
     if message.has_error():
         reason = " ".join(str(message.error.reason or "no reason").split())
@@ -76,7 +76,9 @@ def read_reply(message: Message, sizes: Mapping[str, tuple[int, ...]], layers: i
 
 def norm(arrays: Mapping[str, np.ndarray], minus: Mapping[str, np.ndarray], names: Sequence[str]) -> float:
     """Euclidean norm of ``arrays`` less ``minus`` (0 where it has none) over ``names``."""
-    total = sum(float(((arrays[name] - minus[name]) if name in minus else arrays[name]).__pow__(2).sum()) for name in names)
+    total = sum(
+        float(((arrays[name] - minus[name]) if name in minus else arrays[name]).__pow__(2).sum()) for name in names
+    )
     return math.sqrt(total)
 
 
@@ -99,7 +101,9 @@ def without_outliers(
         if len(kept) == 1:
             limit = had if had else math.inf
         far = [(reply, size) for reply, size in zip(kept, sizes, strict=True) if size > limit]
-        out += [LeftOut(node=r.node, why=f"its update has norm {size:.3g}, at most {limit:.3g} is usual") for r, size in far]
+        out += [
+            LeftOut(node=r.node, why=f"its update has norm {size:.3g}, at most {limit:.3g} is usual") for r, size in far
+        ]
         kept = [reply for reply, size in zip(kept, sizes, strict=True) if size <= limit]
     return kept, out
 

@@ -40,6 +40,7 @@ class Progress:
     round: int = 0
     clusters: tuple[Cluster, ...] = ()
     member: Mapping[int, int] = field(default_factory=dict)  # node -> cluster
+    clients: Mapping[int, int] = field(default_factory=dict)  # node -> the client's own number, as it says
     bases: Mapping[int, Tensor] = field(default_factory=dict, repr=False)  # node -> basis (D, m)
     xi: Mapping[int, Sequence[float]] = field(default_factory=dict, repr=False)  # node -> xi of the first model
     history: tuple[Mapping[str, float], ...] = ()  # one mapping per round
@@ -57,6 +58,7 @@ def save(progress: Progress, settings: Federation, folder: Path) -> None:
         "round": progress.round,
         "clusters": [{"blocks": c.blocks, "xi": c.xi, "images": c.images} for c in progress.clusters],
         "member": {str(node): cluster for node, cluster in progress.member.items()},
+        "clients": {str(node): client for node, client in progress.clients.items()},
         "xi": {str(node): list(xi) for node, xi in progress.xi.items()},
         "history": list(progress.history),
     }
@@ -91,6 +93,7 @@ def load(settings: Federation, folder: Path) -> Progress | None:
         found = Progress(
             round=head["round"], clusters=clusters, history=tuple(head["history"]),
             member={int(node): cluster for node, cluster in head["member"].items()},
+            clients={int(node): client for node, client in head["clients"].items()},
             bases={int(n.split("/")[1]): torch.from_numpy(a) for n, a in arrays.items() if n.startswith("basis/")},
             xi={int(node): xi for node, xi in head["xi"].items()},
         )  # fmt: skip

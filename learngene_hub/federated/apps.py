@@ -1,4 +1,4 @@
-"""``client`` and ``server`` as ``flwr run`` starts them, a run on this machine, and the folder that ``flwr run`` takes."""
+"""``client`` and ``server`` as ``flwr run`` starts them, a run on this machine, and the folder it takes."""
 
 from __future__ import annotations
 
@@ -42,6 +42,13 @@ clientapp = "gene_fl.client_app:app"
 # `learngene federate --help` says what these are; `--run-config "rounds=20 mu=0.1"` changes some for one run.
 [tool.flwr.app.config]
 {config}
+"""
+_MODULE = """\
+\"\"\"The {what}.\"\"\"
+
+from learngene_hub.federated.apps import {what} as app
+
+__all__ = ["app"]
 """
 
 
@@ -92,8 +99,8 @@ def write_app(folder: Path, settings: Federation) -> list[Path]:
     text = {
         "pyproject.toml": _TEMPLATE.format(version=__version__, config=config),
         "gene_fl/__init__.py": '"""GENE-FL, from learngene_hub."""\n',
-        "gene_fl/server_app.py": '"""The server."""\n\nfrom learngene_hub.federated.apps import server as app\n\n__all__ = ["app"]\n',
-        "gene_fl/client_app.py": '"""The client."""\n\nfrom learngene_hub.federated.apps import client as app\n\n__all__ = ["app"]\n',
+        "gene_fl/server_app.py": _MODULE.format(what="server"),
+        "gene_fl/client_app.py": _MODULE.format(what="client"),
         "README.md": "# GENE-FL on Flower\n\n`flwr run .` runs it; `pyproject.toml` holds its settings.\n",
     }
     paths = [folder / name for name in text]

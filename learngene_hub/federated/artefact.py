@@ -36,7 +36,9 @@ def learngene_of(strategy: GeneFL, number: int, *, seconds: float = 0.0, lines: 
     have = [i for i in cluster.blocks if all(name in cluster.gene for name in entries[i].values())]
     group = group_of(native)
     tensors = {
-        f"{group}.{i}.{rest}": torch.from_numpy(cluster.gene[name]).clone() for i in have for rest, name in entries[i].items()
+        f"{group}.{i}.{rest}": torch.from_numpy(cluster.gene[name]).clone()
+        for i in have
+        for rest, name in entries[i].items()
     }
     tensors[SCORE] = torch.tensor(cluster.xi, dtype=torch.float32)
     members = strategy.bases_by_cluster().get(number, [])

@@ -73,7 +73,7 @@ def tell_subspace(site: Site) -> RecordDict:
     model = initial_model(s, site.shape)
     batch = sample(site.train, s.fisher_images, preprocessing, seed_of("fisher", s.seed, site.client))
     xi = native_xi(sensitivities(model, layer_entries(site.shape), *batch), site)
-    content = RecordDict({"metrics": MetricRecord({"num-examples": len(site.train), "xi": xi})})
+    content = RecordDict({"metrics": MetricRecord({"num-examples": len(site.train), "client": site.client, "xi": xi})})
     if s.clusters != 1:
         encoder = initial_model(s, site.native)
         seen = pixels_of(site.train, preprocessing) if s.subspace == "pixels" else features(

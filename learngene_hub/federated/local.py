@@ -30,7 +30,9 @@ from learngene_hub.training import Loss, Recipe, classification_loss, fit, image
 CUT = 10.0  # the largest weight of one number
 
 
-def recipe_of(settings: Federation, *, client: int, round: int, epochs: int | None = None, lr: float | None = None) -> Recipe:
+def recipe_of(
+    settings: Federation, *, client: int, round: int, epochs: int | None = None, lr: float | None = None
+) -> Recipe:
     """How one client trains in one round; its order of images depends on (seed, client, round)."""
     return Recipe(
         epochs=epochs or settings.epochs, lr=lr or settings.lr, batch_size=settings.batch_size,

@@ -91,7 +91,7 @@ class MemoryGrid(Grid):
         raise NotImplementedError("send_and_receive is what strategies use")
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
-        """The replies of the nodes that answer, in the order of the messages; ``timeout`` is what NoReply stands for."""
+        """The replies of the nodes that answer, in the order of the messages; NoReply stands for ``timeout``."""
         return [reply for message in messages if (reply := self._deliver(message)) is not None]
 
     def _deliver(self, message: Message) -> Message | None:

@@ -75,7 +75,7 @@ def native_shape(settings: Federation, classes: int) -> Any:
         asked = {"depth": settings.depth or None, "width": settings.width or None, "heads": settings.heads or None}
         shape = factory.plan(ancestor, **asked, num_labels=classes, image_size=size)  # type: ignore[arg-type]
     else:
-        given = {name: getattr(settings, name) or small for name, small in _SMALL.items()}
+        given: dict[str, Any] = {name: getattr(settings, name) or small for name, small in _SMALL.items()}
         if not settings.heads and given["width"] % given["heads"]:
             given["heads"] = 1
         shape = ViTShape(**given, image_size=size, classes=classes)

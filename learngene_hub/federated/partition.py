@@ -48,10 +48,14 @@ def partition(
     elif kind == "domain" and domains is not None:
         shares = _by_domain(domains, clients, generator)
     else:
-        raise SettingsError(f"partition {kind!r} asked; there are dirichlet, labels, and domain where there are domains")
+        raise SettingsError(
+            f"partition {kind!r} asked; there are dirichlet, labels, and domain where there are domains"
+        )
     smallest = min(len(share) for share in shares)
     if smallest < 2:
-        raise DataError(f"{len(labels_N)} images for {clients} clients leave one with {smallest}; fewer clients would work")
+        raise DataError(
+            f"{len(labels_N)} images for {clients} clients leave one with {smallest}; fewer clients would work"
+        )
     return [torch.sort(share).values for share in shares]
 
 

@@ -25,7 +25,7 @@ from learngene_hub.federated import _saved
 from learngene_hub.federated._saved import Cluster, Progress
 from learngene_hub.federated.artefact import learngene_of, write_out
 from learngene_hub.federated.client import to_record
-from learngene_hub.federated.models import count_of, initial_model, native_shape, sent_names
+from learngene_hub.federated.models import client_shape, count_of, initial_model, native_shape, sent_names
 from learngene_hub.federated.settings import FLOWERS, Federation
 from learngene_hub.federated.site import whole_data
 from learngene_hub.federated.strategy import GeneFL
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def make_server_app(settings: Federation | None = None, done: Callable[[Outcome], None] | None = None) -> ServerApp:
-    """Flower's ServerApp of a federation; ``settings`` None: those of the run_config. ``done`` is handed the outcome."""
+    """Flower's ServerApp of a federation; ``settings`` None: those of the run_config. ``done`` gets the outcome."""
     app = ServerApp()
 
     @app.main()
@@ -71,6 +71,8 @@ def conduct(grid: Grid, settings: Federation) -> Outcome:
     began = time.perf_counter()
     folder = Path(settings.out) if settings.out else None
     native = native_shape(settings, classes_of(settings))
+    for client in range(len(settings.depth_list())):
+        client_shape(settings, native, client)
     metered = Metered(grid, folder / TRAFFIC if folder else None)
     if folder is not None:
         _make(folder)
@@ -182,15 +184,18 @@ def welcome(outcome: Outcome, settings: Federation, grid: Grid, nodes: Sequence[
         outcome.strategy.introduce(metered, nodes, outcome.strategy.progress.round)
         member = outcome.strategy.progress.member
         messages = [
-            outcome.strategy.message(node, member[node], settings.rounds, "train.adopt") for node in nodes if node in member
+            outcome.strategy.message(node, member[node], settings.rounds, "train.adopt")
+            for node in nodes
+            if node in member
         ]
         for message in messages:
             message.content["config"]["epochs"] = epochs  # type: ignore[index]
     elif outcome.arrays is not None:
         arrays = to_record(dict(outcome.arrays.to_torch_state_dict()), settings.wire)
+        config = {"epochs": epochs, "server-round": settings.rounds}
         messages = [
             Message(
-                RecordDict({"arrays": arrays, "config": ConfigRecord({"epochs": epochs, "server-round": settings.rounds})}),
+                RecordDict({"arrays": arrays, "config": ConfigRecord(dict(config))}),
                 dst_node_id=node, message_type="train.adopt",
             )
             for node in nodes

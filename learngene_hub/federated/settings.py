@@ -72,7 +72,9 @@ class Federation:
     min_per_class: int = 20  # images; classes with fewer do not show in the subspace
     noise: float = 0.0  # deviation of normal noise on the basis before it is sent, times 1 / sqrt(D)
     distance: str = "mean"  # of the principal angles, degrees; or the smallest
-    far: float = 0.0  # a newcomer farther than this many intra-cluster means takes the global gene; 0: never, 1.5: usual
+    far: float = (
+        0.0  # a newcomer farther than this many intra-cluster means takes the global gene; 0: never, 1.5: usual
+    )
     # Training at a client.
     epochs: int = 3  # per round
     lr: float = 1e-3

@@ -26,7 +26,8 @@ from learngene_hub.federated.models import client_shape, native_shape
 from learngene_hub.federated.partition import partition
 from learngene_hub.federated.settings import Federation
 
-AFTER, BEFORE, XI = "private", "private-before", "xi"  # records of context.state
+AFTER, BEFORE = "private", "private-before"  # records of context.state: the network after a round, and before it
+XI = {AFTER: "xi", BEFORE: "xi-before"}
 
 
 @lru_cache(maxsize=2)
@@ -37,16 +38,23 @@ def whole_data(data: str, split: str, size: int, limit: int, seed: int) -> Image
 
 @lru_cache(maxsize=4)
 def _shares(
-    data: str, split: str, size: int, limit: int, seed: int, kind: str, clients: int, alpha: float, labels: int, domain: str
+    data: str,
+    split: str,
+    size: int,
+    limit: int,
+    seed: int,
+    kind: str,
+    clients: int,
+    alpha: float,
+    labels: int,
+    domain: str,
 ) -> tuple[Tensor, ...]:
     images = whole_data(data, split, size, limit, seed)
     domains = None
     if kind == "domain":
         domains = load_column(data, domain, split=split, limit=limit or None, seed=seed)
     return tuple(
-        partition(
-            kind, images.labels, clients, seed=seed, alpha=alpha, labels_per_client=labels, domains=domains
-        )
+        partition(kind, images.labels, clients, seed=seed, alpha=alpha, labels_per_client=labels, domains=domains)
     )
 
 
@@ -110,11 +118,10 @@ class Site:
             return None, None
         done = int(state.config_records["round"]["round"])  # type: ignore[arg-type]
         name = AFTER if round > done else BEFORE
-        xi = state.metric_records[XI][XI] if XI in state else None
         found = state.array_records.get(name)
         if found is None or not len(found):
             return None, None
-        return dict(found.to_torch_state_dict()), None if xi is None else list(xi)  # type: ignore[arg-type]
+        return dict(found.to_torch_state_dict()), list(state.metric_records[XI[name]]["xi"])  # type: ignore[arg-type]
 
     def keep(self, context: Context, round: int, model_state: Mapping[str, Tensor], xi: list[float]) -> None:
         """Keep the client's network as it is after ``round``, and as it was before it."""
@@ -122,8 +129,9 @@ class Site:
         done = int(state.config_records["round"]["round"]) if "round" in state else 0  # type: ignore[arg-type]
         if round > done:
             state[BEFORE] = state.array_records.get(AFTER, ArrayRecord())
+            state[XI[BEFORE]] = state.metric_records.get(XI[AFTER], MetricRecord({"xi": [0.0]}))
         state[AFTER] = ArrayRecord({name: tensor.detach().clone() for name, tensor in model_state.items()})
-        state[XI] = MetricRecord({XI: xi})
+        state[XI[AFTER]] = MetricRecord({"xi": xi})
         state["round"] = ConfigRecord({"round": round})
         self._write(context)
 
@@ -140,7 +148,7 @@ class Site:
             for record in (AFTER, BEFORE)
             for name, array in state.array_records[record].items()
         }
-        arrays["xi"] = np.asarray(state.metric_records[XI][XI])
+        arrays |= {XI[record]: np.asarray(state.metric_records[XI[record]]["xi"]) for record in (AFTER, BEFORE)}
         arrays["round"] = np.asarray(state.config_records["round"]["round"])
         write_arrays(path, arrays)
 
@@ -152,7 +160,7 @@ class Site:
         for record in (AFTER, BEFORE):
             own = {n.split("/", 1)[1]: torch.from_numpy(a) for n, a in arrays.items() if n.startswith(f"{record}/")}
             state[record] = ArrayRecord(own) if own else ArrayRecord()
-        state[XI] = MetricRecord({XI: [float(x) for x in arrays["xi"]]})
+            state[XI[record]] = MetricRecord({"xi": [float(x) for x in arrays[XI[record]]]})
         state["round"] = ConfigRecord({"round": int(arrays["round"])})
 
 
@@ -184,9 +192,11 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         StoreError: it cannot be read.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise StoreError(f"{path} cannot be read ({' '.join(str(error).split())[:120]}); remove it to begin anew") from error
+        raise StoreError(
+            f"{path} cannot be read ({' '.join(str(error).split())[:120]}); remove it to begin anew"
+        ) from error
     except Exception as error:  # zipfile.BadZipFile and what else a damaged archive raises
         raise StoreError(f"{path} is damaged ({type(error).__name__}); remove it to begin anew") from error

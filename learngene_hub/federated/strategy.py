@@ -2,12 +2,13 @@
 
     start-up    each client tells the subspace of its data and its sensitivities once; the server clusters
     configure   to each client of cluster k its learngene Theta_k^S, S_k and xi_k
-    aggregate   Theta_k^S = sum_i (n_i / sum n) theta_i^S over usable replies; xi_k <- (1 - a) xi_k + a sum_i (n_i / n) xi_i;
+    aggregate   Theta_k^S = sum_i (n_i / n) theta_i^S over usable replies, n = sum_i n_i;
+                xi_k <- (1 - a) xi_k + a sum_i (n_i / n) xi_i;
                 until ``freeze_round`` S_k = the top q layers of xi_k, then it stays
     newcomer    tells its subspace, joins the nearest cluster, gets one learngene
 
-A layer that is chosen anew has no Theta yet: it is asked for, not sent, and the first average is one of the clients' own
-versions. The controls "early" and "late" send the first or last q layers, "local" none; ``share="everything"`` adds
+A layer that is chosen anew has no Theta yet: it is asked for, not sent, and the first average is one of the clients'
+own versions. The controls "early" and "late" send the first or last q layers, "local" none; ``share="everything"`` adds
 stem, last norm and classifier, and with all blocks, one cluster and no constraint GeneFL is FedAvg.
 
 Source: GENE-FL, arXiv:2504.14628 (stages condense, aggregate, initialise; one-shot clustering; nearest cluster's
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,11 +87,13 @@ class GeneFL(Strategy):
                 self.left_out.append(found)
             else:
                 told[reply.metadata.src_node_id] = found
-        told = {node: told[node] for node in nodes if node in told}
         if not told:
             return
-        bases = {node: basis for node, (basis, _) in told.items() if basis is not None}
-        xi = {node: shares for node, (_, shares) in told.items()}
+        clients = {**self.progress.clients, **{node: client for node, (_, _, client) in told.items()}}
+        self.progress = replace(self.progress, clients=clients)
+        told = {node: told[node] for node in self.in_order(told)}
+        bases = {node: basis for node, (basis, _, _) in told.items() if basis is not None}
+        xi = {node: shares for node, (_, shares, _) in told.items()}
         member = dict(self.progress.member)
         first = not self.progress.clusters
         if first and self.settings.clusters != 1:
@@ -103,10 +107,16 @@ class GeneFL(Strategy):
             self.progress, member=member, bases={**self.progress.bases, **bases}, xi={**self.progress.xi, **xi}
         )
         if first:
-            self.progress = replace(self.progress, clusters=tuple(map(self._first_cluster, range(max(member.values()) + 1))))
+            self.progress = replace(
+                self.progress, clusters=tuple(map(self._first_cluster, range(max(member.values()) + 1)))
+            )
 
-    def _introduction(self, reply: Message) -> tuple[Tensor | None, list[float]] | LeftOut:
-        """(basis, xi) of a client, checked."""
+    def in_order(self, nodes: Iterable[int]) -> list[int]:
+        """Nodes by the clients' own numbers: Flower draws the nodes' numbers anew in every run."""
+        return sorted(nodes, key=lambda node: (self.progress.clients.get(node, 0), node))
+
+    def _introduction(self, reply: Message) -> tuple[Tensor | None, list[float], int] | LeftOut:
+        """(basis, xi, the client's own number) of a client, checked."""
         node = reply.metadata.src_node_id
         if reply.has_error():
             return LeftOut(node=node, why=f"it failed: {' '.join(str(reply.error.reason).split())[:200]}")
@@ -114,17 +124,21 @@ class GeneFL(Strategy):
         xi = np.asarray(metrics.get("xi", []) if metrics is not None else [], dtype=np.float64)
         if xi.shape != (self.layers,) or not np.isfinite(xi).all() or (xi < 0).any() or abs(xi.sum() - 1) > 1e-3:
             return LeftOut(node=node, why=f"xi is not {self.layers} shares that sum to 1")
+        said = metrics.get("client", 0) if metrics is not None else 0
+        client = said if isinstance(said, int) else 0
         if self.settings.clusters == 1:
-            return None, xi.tolist()
+            return None, xi.tolist(), client
         known = [basis.shape[0] for basis in self.progress.bases.values()]
         try:
             basis = np.asarray(record["subspace"].numpy() if record is not None else None, dtype=np.float64)
         except (KeyError, ValueError, TypeError, EOFError, OSError):
             return LeftOut(node=node, why="it told no subspace")
-        fits = basis.ndim == 2 and 1 <= basis.shape[1] <= min(basis.shape[0], MAX_BASIS[1]) and len(basis) <= MAX_BASIS[0]
+        fits = (
+            basis.ndim == 2 and 1 <= basis.shape[1] <= min(basis.shape[0], MAX_BASIS[1]) and len(basis) <= MAX_BASIS[0]
+        )
         if not fits or (known and basis.shape[0] != known[0]) or not np.isfinite(basis).all() or not basis.any():
             return LeftOut(node=node, why=f"its subspace is {list(basis.shape)} numbers that cannot be used")
-        return subspace.orthonormal(torch.from_numpy(basis)).float(), xi.tolist()
+        return subspace.orthonormal(torch.from_numpy(basis)).float(), xi.tolist(), client
 
     def _first_cluster(self, number: int) -> Cluster:
         """A cluster before its first round: the layers by its members' sensitivities of the first model."""
@@ -183,7 +197,7 @@ class GeneFL(Strategy):
         """A learngene for one client, with a config of its own."""
         cluster = self.cluster(number)
         tensors = {name: torch.from_numpy(value) for name, value in cluster.gene.items()}
-        config: dict[str, int | float | str | list[float]] = {
+        config: dict[str, Any] = {
             "server-round": round, "cluster": number, "epochs": self.settings.epochs, "lr": self.settings.lr,
         }  # fmt: skip
         if self.settings.share != "everything":
@@ -207,7 +221,7 @@ class GeneFL(Strategy):
         nodes = self._wait(grid)
         if strangers := [node for node in nodes if node not in self.progress.member]:
             self.introduce(grid, strangers, round)
-        known = [node for node in nodes if node in self.progress.member]
+        known = self.in_order(node for node in nodes if node in self.progress.member)
         if not known:
             reasons = "; ".join(sorted({out.why for out in self.left_out}))[:300] or "no answer"
             raise TrainingError(f"round {round}: none of {len(nodes)} clients told a usable subspace ({reasons})")
@@ -241,7 +255,7 @@ class GeneFL(Strategy):
         by_node = {reply.metadata.src_node_id: reply for reply in replies}
         clusters = list(self.progress.clusters)
         for number in range(-1, len(clusters)):
-            own = [by_node[node] for node, cluster in sorted(self.asked.items()) if cluster == number and node in by_node]
+            own = [by_node[node] for node, cluster in self.asked.items() if cluster == number and node in by_node]
             kept = self._usable(number, own)
             used += kept
             if kept and number >= 0:
@@ -251,8 +265,8 @@ class GeneFL(Strategy):
         if not used:
             reasons = "; ".join(sorted({out.why for out in self.left_out}))[:400]
             raise TrainingError(
-                f"round {round}: none of {len(self.asked)} clients gave a usable reply ({reasons}); nothing was changed, "
-                f"round {round - 1} is the last: run again to go on from there"
+                f"round {round}: none of {len(self.asked)} clients gave a usable reply ({reasons}); nothing was "
+                f"changed, round {round - 1} is the last: run again to go on from there"
             )
         told = history(round=round, used=len(used), left_out=len(self.left_out), **_means(used))
         self.progress = replace(

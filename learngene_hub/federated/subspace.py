@@ -82,9 +82,7 @@ def agglomerate(apart: Tensor, *, clusters: int = 0, threshold: float = 0.0) -> 
     """
     groups = [[i] for i in range(len(apart))]
     while len(groups) > max(clusters, 1):
-        pairs = [
-            (float(apart[groups[a]][:, groups[b]].mean()), a, b) for b in range(len(groups)) for a in range(b)
-        ]
+        pairs = [(float(apart[groups[a]][:, groups[b]].mean()), a, b) for b in range(len(groups)) for a in range(b)]
         nearest, a, b = min(pairs)
         if not clusters and nearest > threshold:
             break

@@ -54,7 +54,9 @@ def sensitivities(
         scores.append(torch.stack([p.sum() for p in each]).sum() / sum(p.numel() for p in each))
     s_L = torch.stack(scores).cpu()
     if not bool(s_L.isfinite().all()):
-        raise TrainingError("the gradients of the sensitivity analysis are not finite; a lower learning rate would help")
+        raise TrainingError(
+            "the gradients of the sensitivity analysis are not finite; a lower learning rate would help"
+        )
     total = s_L.sum()
     return s_L / total if total > 0 else torch.full_like(s_L, 1 / len(s_L))
 

@@ -49,8 +49,8 @@ class GeneFl:
     name: ClassVar[str] = "gene-fl"
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.14628"
     note: ClassVar[str] = (
-        "Only the paper's abstract and digests of it could be read: the sensitivity's formula, the choice of layers and "
-        "the rule for other sizes are this project's reading."
+        "Only the paper's abstract and digests of it could be read: the sensitivity's formula, the choice of layers "
+        "and the rule for other sizes are this project's reading."
     )
     groups: ClassVar[frozenset[str]] = frozenset({"block", "conv", "score", "subspace"})
     growth: ClassVar[frozenset[str]] = frozenset({"fill", "form"})
@@ -180,6 +180,7 @@ class GeneFl:
                     block = resize.block(learngene.group(f"block.{number}"), number)
                     state |= {f"blocks.{place}.{key}": tensor for key, tensor in block.items()}
             return state
+        assert isinstance(native, ConvShape)  # the only other kind there is
         if not isinstance(shape, ConvShape) or (shape.family, shape.stages) != (native.family, native.stages):
             raise ShapeError(f"{shape} asked; this learngene grows {native} alone")
         entries = layers.layer_entries(native)
@@ -227,9 +228,7 @@ class GeneFl:
                 raise ArtefactError(f"tensor {name} is {list(shapes[name])}; the native shape has {list(size)}")
 
 
-def condense(
-    state: Mapping[str, Tensor], native: Any, xi: Tensor, count: int, criterion: str
-) -> dict[str, Tensor]:
+def condense(state: Mapping[str, Tensor], native: Any, xi: Tensor, count: int, criterion: str) -> dict[str, Tensor]:
     """The tensors of a learngene of the ``count`` best layers of ``state``, float32 copies on the CPU."""
     entries, group = layers.layer_entries(native), layers.group_of(native)
     kept = condensed(xi.tolist(), count, criterion)

@@ -1,0 +1,131 @@
+"""The command ``learngene federate``: a federated run on this machine, or the folder that ``flwr run`` takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from learngene_hub import errors
+from learngene_hub._command import SeedOption, YesOption, read_settings, require_new
+from learngene_hub._output import Output
+
+FolderOption = Annotated[
+    Path | None, typer.Option("--out", help="The folder for learngenes, rounds and traffic; a run there goes on.")
+]
+SettingOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting (--list-settings); repeat it.")
+]
+
+
+def federate(
+    out: Output,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", help="A sample (signdigits), parquet or image folder, or Hub data set; clients divide it."
+        ),
+    ] = None,
+    folder: FolderOption = None,
+    clients: Annotated[int, typer.Option("--clients", help="How many divide the data.")] = 12,
+    rounds: Annotated[int | None, typer.Option("--rounds", help="Of training and averaging [10].")] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="gene-fl, or a baseline: fedavg, fedprox, fedavg-bytes, local, ...")
+    ] = None,
+    ancestor: Annotated[
+        str | None, typer.Option("--ancestor", help="A learngene, or timm's name of a ViT; random where left out.")
+    ] = None,
+    ancestor_weights: Annotated[
+        Path | None, typer.Option("--ancestor-weights", help="A .safetensors file, for a model named as timm does.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="A YAML or JSON file of settings.")] = None,
+    pairs: SettingOption = None,
+    engine: Annotated[
+        str, typer.Option("--engine", help="process: clients one by one in here; flower: Flower's simulation on Ray.")
+    ] = "process",
+    seed: SeedOption = 0,
+    write_app: Annotated[
+        Path | None, typer.Option("--write-app", metavar="DIR", help="Only write a Flower app, for `flwr run DIR`.")
+    ] = None,
+    list_settings: Annotated[bool, typer.Option("--list-settings", help="Only list the settings of a run.")] = False,
+    yes: YesOption = False,
+) -> None:
+    """Train learngenes across clients that can't share data (GENE-FL on Flower).
+
+    Needs learngene-hub[federated]. With --write-app the same run starts by `flwr run`, in simulation or on a SuperLink
+    with SuperNodes on many machines.
+
+    \b
+    learngene federate --data signdigits --clients 12 --rounds 10 --out federated
+    learngene federate --data photos/ --set partition=labels --set depth=6 --strategy fedavg --out fedavg
+    learngene federate --data photos/ --rounds 50 --write-app my-app
+    """
+    from learngene_hub.federated.settings import federation
+
+    given = read_settings(config, pairs or [])
+    options: dict[str, Any] = {
+        "data": data, "out": folder, "rounds": rounds, "strategy": strategy, "ancestor": ancestor,
+        "ancestor_weights": ancestor_weights,
+    }  # fmt: skip
+    given |= {name: str(v) if isinstance(v, Path) else v for name, v in options.items() if v is not None}
+    settings = federation({"seed": seed} | given)
+    if list_settings:
+        _list(out, settings)
+        return
+    if write_app is not None:
+        _write(out, write_app, settings, yes=yes)
+        return
+    _run(out, settings, clients, engine)
+
+
+def _list(out: Output, settings: Any) -> None:
+    """Every setting with its value and meaning."""
+    from dataclasses import fields
+
+    from learngene_hub.methods import words
+
+    said = words(type(settings))
+    rows = [
+        {"setting": f.name, "value": getattr(settings, f.name), "type": f.type, "description": said.get(f.name, "")}
+        for f in fields(settings)
+    ]
+    out.rows(rows, key="setting", columns=["setting", "value", "type", "description"])
+
+
+def _write(out: Output, folder: Path, settings: Any, *, yes: bool) -> None:
+    from learngene_hub.federated.apps import write_app
+
+    require_new(out, folder, yes=yes)
+    paths = write_app(folder, settings)
+    out.facts({"path": str(folder), "files": len(paths)}, key="path")
+    out.note(f"Next: flwr run {folder}")
+
+
+def _run(out: Output, settings: Any, clients: int, engine: str) -> None:
+    import logging
+
+    from learngene_hub.federated.apps import simulate
+    from learngene_hub.federated.traffic import totals
+
+    if clients < 1:
+        raise errors.SettingsError(f"{clients} clients asked; 2 or more would work")
+    if not out.interactive:
+        logging.getLogger("flwr").setLevel(logging.ERROR)
+    outcome = simulate(settings, clients, engine=engine)
+    last = outcome.history[-1] if outcome.history else {}
+    facts: dict[str, Any] = {
+        "strategy": settings.strategy,
+        "path": settings.out or None,
+        "rounds": int(last.get("round", 0)),
+        "clients": clients,
+        "accuracy": last.get("accuracy"),
+        "learngenes": len(outcome.learngenes),
+        "learngene_bytes": [learngene.nbytes for learngene in outcome.learngenes],
+        **{f"{name}_bytes": value for name, value in totals(outcome.lines).items()},
+        "seconds": outcome.seconds,
+    }
+    out.facts(facts, key="strategy")
+    if outcome.learngenes and settings.out:
+        place = Path(settings.out) / "cluster-0" / "learngene.safetensors"
+        out.note(f"Next: learngene finetune {place} --data SOURCE --image-size {settings.image_size} --out DIR")
