@@ -19,8 +19,7 @@ BASE, OURS = "fedavg", "gene-fl"
 NUMBERS = ("accuracy", "accuracy_received", "newcomer", "newcomer_received")
 COLOURS = {
     "gene-fl": "#0b6e4f", "early": "#7fb89f", "late": "#b7d7c8", "local": "#999999", "fedavg": "#3b6ea8",
-    "fedprox": "#8a6fae", "fedavg-bytes": "#d08c1d", "gene-fl-stable": "#c26e6e", "gene-fl-free": "#444444",
-    "gene-fl-one-cluster": "#2aa198",
+    "fedprox": "#8a6fae", "fedavg-bytes": "#d08c1d", "gene-fl-stable": "#c26e6e",
 }  # fmt: skip
 
 

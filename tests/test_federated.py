@@ -11,16 +11,18 @@ import pytest
 import torch
 from fed import grid_of, names_on_the_wire, run, tiny
 from flwr.app import ConfigRecord
+from flwr.clientapp.mod import LocalDpMod
 from flwr.serverapp.strategy import FedAvg
 
 from learngene_hub import factory
 from learngene_hub.errors import DataError, SettingsError
 from learngene_hub.federated.apps import simulate
-from learngene_hub.federated.client import to_record
+from learngene_hub.federated.client import make_client_app, to_record
+from learngene_hub.federated.memory import MemoryGrid
 from learngene_hub.federated.models import VGG11, count_of, initial_model, native_shape, sent_names, without_norms
 from learngene_hub.federated.server import bytes_of, conduct, rounds_of, welcome
 from learngene_hub.federated.strategy import GeneFL
-from learngene_hub.federated.traffic import totals
+from learngene_hub.federated.traffic import client_meter, totals
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods._gene_fl_layers import layer_params, quarter
 from learngene_hub.shape import ViTShape
@@ -312,6 +314,34 @@ def test_a_run_from_an_ancestor_begins_with_its_weights(tmp_path: Path, pico_lea
     assert torch.equal(state["blocks.1.mlp.fc1.weight"], pico_learngene.tensors["block.1.mlp.fc1.weight"])
     outcome = conduct(grid_of(settings, 2), settings)
     assert outcome.learngenes[0].ancestor["name"] == "pico"
+
+
+def test_flowers_local_differential_privacy_clips_and_blurs_what_is_sent() -> None:
+    """It wants the tensors back that it saw come in, so the choice of layers must be frozen from the start."""
+    settings = tiny(rounds=2, freeze_round=1, clusters=1, mu=0.0, nu=0.0)
+    plain, _ = run(rounds=2, freeze_round=1, clusters=1, mu=0.0, nu=0.0)
+    private = LocalDpMod(clipping_norm=0.1, sensitivity=1e-5, epsilon=1.0, delta=1e-5)
+    grid = MemoryGrid.of(make_client_app(settings, mods=[private]), 3, record=True)
+    outcome = conduct(grid, settings)
+    assert [row["used"] for row in outcome.history] == [3, 3]
+    assert outcome.strategy is not None and plain.strategy is not None
+    first = outcome.strategy.first
+    moved = [
+        sum(float(((c.gene[n] - first[n]) ** 2).sum()) for n in c.gene) ** 0.5
+        for c in (outcome.strategy.progress.clusters[0], plain.strategy.progress.clusters[0])
+    ]
+    assert moved[0] < 0.5 * moved[1]
+
+
+def test_clients_can_write_down_what_they_send_and_it_agrees_with_the_server(tmp_path: Path) -> None:
+    settings = tiny(clusters=1)
+    grid = MemoryGrid.of(make_client_app(settings, mods=[client_meter(tmp_path / "mine.jsonl")]), 2)
+    outcome = conduct(grid, settings)
+    own = [json.loads(line) for line in (tmp_path / "mine.jsonl").read_text().splitlines()]
+    theirs = [line for line in outcome.lines if line.kind == "round"]
+    assert [(x["round"], x["node"], x["up"], x["down"]) for x in own] == [
+        (x.round, x.node, x.up, x.down) for x in theirs
+    ]
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,8 @@ def read_reply(message: Message, sizes: Mapping[str, tuple[int, ...]], layers: i
             return LeftOut(node=node, why=f"{name} has numbers that are not finite")
     xi = None
     if layers is not None:
-        xi = np.asarray(metrics.get("xi", []), dtype=np.float64)
-        if xi.shape != (layers,) or not np.isfinite(xi).all() or (xi < 0).any() or abs(xi.sum() - 1) > 1e-3:
+        xi = read_xi(metrics.get("xi"), layers)
+        if xi is None:
             return LeftOut(node=node, why=f"xi is not {layers} shares that sum to 1")
     return Reply(node=node, images=int(images), arrays=arrays, xi=xi, metrics=dict(metrics))
 
@@ -128,3 +128,21 @@ def average(replies: Sequence[Reply], weights: Sequence[float]) -> dict[str, np.
         name: sum(w * reply.arrays[name] for w, reply in zip(weights, replies, strict=True)).astype(np.float32)  # type: ignore[union-attr]
         for name in names
     }
+
+
+def means_of(used: Sequence[Reply]) -> dict[str, float]:
+    """The clients' own numbers, each client counting once."""
+    found: dict[str, float] = {}
+    for name in ("accuracy", "accuracy-before", "loss"):
+        told = [reply.metrics.get(name) for reply in used]
+        values = [float(value) for value in told if isinstance(value, int | float) and math.isfinite(value)]
+        if values:
+            found[name] = sum(values) / len(values)
+    return found
+
+
+def read_xi(value: Any, layers: int) -> np.ndarray | None:
+    """xi (L,) of a client: shares that sum to 1; None where it is something else."""
+    xi = np.asarray(value if value is not None else [], dtype=np.float64)
+    fits = xi.shape == (layers,) and np.isfinite(xi).all() and (xi >= 0).all() and abs(xi.sum() - 1) <= 1e-3
+    return xi if fits else None

@@ -34,11 +34,11 @@ class Federation:
     """
 
     strategy: str = "gene-fl"  # one of STRATEGIES
-    rounds: int = 10
+    rounds: int = 10  # of training and averaging
     seed: int = 0  # of the first model, which every client draws for itself, and of every other draw
     # Data, of a client.
     data: str = "signdigits"  # a sample, folder, parquet file or Hub data set; a SuperNode's own `data` goes before it
-    split: str = "train"
+    split: str = "train"  # of the data
     limit: int = 0  # images of the whole set that are used, drawn at random; 0: all
     classes: int = 0  # of the classifier; 0: read from the data, which the server must then have too
     partition: str = "dirichlet"  # dirichlet (over labels), labels (a few per client), domain (a column)
@@ -50,8 +50,8 @@ class Federation:
     family: str = "vit"  # vit, or vgg: VGG-11 with batch norm and a linear classifier
     depth: int = 0  # blocks of the native network
     depths: str = ""  # blocks of client 0, 1, ... in turn, as "4,6"; empty: all native
-    width: int = 0
-    heads: int = 0
+    width: int = 0  # numbers per token
+    heads: int = 0  # of each block
     patch: int = 0  # pixels
     image_size: int = 32  # pixels
     ancestor: str = ""  # a learngene, or timm's name of a ViT; empty: random, from the seed
@@ -77,9 +77,9 @@ class Federation:
     )
     # Training at a client.
     epochs: int = 3  # per round
-    lr: float = 1e-3
+    lr: float = 1e-3  # of AdamW, constant
     batch_size: int = 32  # images per update
-    weight_decay: float = 0.05
+    weight_decay: float = 0.05  # of tensors of two and more dimensions
     mu: float = 1e-2  # of the smoothing term, and of FedProx
     nu: float = 1e-2  # of the term on parameters of high Fisher information
     fisher_images: int = 64  # at most, for Fisher information and sensitivity

@@ -33,7 +33,8 @@ from torch import Tensor
 from learngene_hub.data import seed_of
 from learngene_hub.errors import TrainingError
 from learngene_hub.federated import _saved, subspace
-from learngene_hub.federated._round import LeftOut, Reply, average, read_reply, weights_of, without_outliers
+from learngene_hub.federated._introduction import read_introduction
+from learngene_hub.federated._round import LeftOut, Reply, average, means_of, read_reply, weights_of, without_outliers
 from learngene_hub.federated._saved import Cluster, Progress
 from learngene_hub.federated.client import NONE, to_record
 from learngene_hub.federated.models import count_of, initial_model, sent_names
@@ -42,7 +43,6 @@ from learngene_hub.methods._gene_fl_layers import layer_entries
 from learngene_hub.methods._gene_fl_sensitivity import condensed
 
 POLL = 0.5  # seconds between two looks at who is there
-MAX_BASIS = (1_000_000, 1_000)  # largest (D, m) of a subspace that is taken
 
 
 class GeneFL(Strategy):
@@ -82,7 +82,7 @@ class GeneFL(Strategy):
         ]
         told = {}
         for reply in grid.send_and_receive(messages, timeout=self.settings.timeout):
-            found = self._introduction(reply)
+            found = read_introduction(reply, self.layers, self.progress.bases, sought=self.settings.clusters != 1)
             if isinstance(found, LeftOut):
                 self.left_out.append(found)
             else:
@@ -114,31 +114,6 @@ class GeneFL(Strategy):
     def in_order(self, nodes: Iterable[int]) -> list[int]:
         """Nodes by the clients' own numbers: Flower draws the nodes' numbers anew in every run."""
         return sorted(nodes, key=lambda node: (self.progress.clients.get(node, 0), node))
-
-    def _introduction(self, reply: Message) -> tuple[Tensor | None, list[float], int] | LeftOut:
-        """(basis, xi, the client's own number) of a client, checked."""
-        node = reply.metadata.src_node_id
-        if reply.has_error():
-            return LeftOut(node=node, why=f"it failed: {' '.join(str(reply.error.reason).split())[:200]}")
-        metrics, record = reply.content.metric_records.get("metrics"), reply.content.array_records.get("arrays")
-        xi = np.asarray(metrics.get("xi", []) if metrics is not None else [], dtype=np.float64)
-        if xi.shape != (self.layers,) or not np.isfinite(xi).all() or (xi < 0).any() or abs(xi.sum() - 1) > 1e-3:
-            return LeftOut(node=node, why=f"xi is not {self.layers} shares that sum to 1")
-        said = metrics.get("client", 0) if metrics is not None else 0
-        client = said if isinstance(said, int) else 0
-        if self.settings.clusters == 1:
-            return None, xi.tolist(), client
-        known = [basis.shape[0] for basis in self.progress.bases.values()]
-        try:
-            basis = np.asarray(record["subspace"].numpy() if record is not None else None, dtype=np.float64)
-        except (KeyError, ValueError, TypeError, EOFError, OSError):
-            return LeftOut(node=node, why="it told no subspace")
-        fits = (
-            basis.ndim == 2 and 1 <= basis.shape[1] <= min(basis.shape[0], MAX_BASIS[1]) and len(basis) <= MAX_BASIS[0]
-        )
-        if not fits or (known and basis.shape[0] != known[0]) or not np.isfinite(basis).all() or not basis.any():
-            return LeftOut(node=node, why=f"its subspace is {list(basis.shape)} numbers that cannot be used")
-        return subspace.orthonormal(torch.from_numpy(basis)).float(), xi.tolist(), client
 
     def _first_cluster(self, number: int) -> Cluster:
         """A cluster before its first round: the layers by its members' sensitivities of the first model."""
@@ -193,11 +168,13 @@ class GeneFL(Strategy):
                 gene[name] = mean.astype(np.float32)
         return Cluster(blocks=blocks, xi=tuple(xi.tolist()), gene=gene)
 
-    def message(self, node: int, number: int, round: int, kind: str = "train") -> Message:
-        """A learngene for one client, with a config of its own."""
+    def message(
+        self, node: int, number: int, round: int, kind: str = "train", more: Mapping[str, Any] | None = None
+    ) -> Message:
+        """A learngene for one client, with a config of its own; ``more``: what Flower's caller put into it."""
         cluster = self.cluster(number)
         tensors = {name: torch.from_numpy(value) for name, value in cluster.gene.items()}
-        config: dict[str, Any] = {
+        config: dict[str, Any] = dict(more or {}) | {
             "server-round": round, "cluster": number, "epochs": self.settings.epochs, "lr": self.settings.lr,
         }  # fmt: skip
         if self.settings.share != "everything":
@@ -225,11 +202,11 @@ class GeneFL(Strategy):
         if not known:
             reasons = "; ".join(sorted({out.why for out in self.left_out}))[:300] or "no answer"
             raise TrainingError(f"round {round}: none of {len(nodes)} clients told a usable subspace ({reasons})")
-        count = max(min(self.settings.min_clients, len(known)), round_half_up(self.settings.fraction * len(known)))
+        count = max(min(self.settings.min_clients, len(known)), int(self.settings.fraction * len(known) + 0.5), 1)
         draw = np.random.default_rng(seed_of("clients", self.settings.seed, round))
         chosen = sorted(draw.permutation(len(known))[:count].tolist())
         self.asked = {known[i]: self.progress.member[known[i]] for i in chosen}
-        return [self.message(node, number, round) for node, number in self.asked.items()]
+        return [self.message(node, number, round, more=config) for node, number in self.asked.items()]
 
     def _wait(self, grid: Grid) -> list[int]:
         """The clients that are there, at least ``min_clients``."""
@@ -268,7 +245,7 @@ class GeneFL(Strategy):
                 f"round {round}: none of {len(self.asked)} clients gave a usable reply ({reasons}); nothing was "
                 f"changed, round {round - 1} is the last: run again to go on from there"
             )
-        told = history(round=round, used=len(used), left_out=len(self.left_out), **_means(used))
+        told = history(round=round, used=len(used), left_out=len(self.left_out), **means_of(used))
         self.progress = replace(
             self.progress, round=round, clusters=tuple(clusters), history=(*self.progress.history, told)
         )
@@ -322,19 +299,3 @@ class GeneFL(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Nothing, as nothing was asked."""
         return None
-
-
-def round_half_up(value: float) -> int:
-    """The nearest whole number, at least 1."""
-    return max(1, int(value + 0.5))
-
-
-def _means(used: Sequence[Reply]) -> Mapping[str, float]:
-    """The clients' own numbers, each client counting once."""
-    names = ("accuracy", "accuracy-before", "loss")
-    found: dict[str, float] = {}
-    for name in names:
-        values = [float(v) for r in used if isinstance(v := r.metrics.get(name), int | float) and np.isfinite(v)]
-        if values:
-            found[name] = sum(values) / len(values)
-    return found

@@ -1,0 +1,79 @@
+"""``learngene federate``: a run, the folder for ``flwr run``, the settings; errors are one line, and name the extra."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fed import TINY
+from typer.testing import CliRunner
+
+from learngene_hub.cli import app
+from learngene_hub.learngene import Learngene
+
+SMALL = [part for name, value in TINY.items() if name != "rounds" for part in ("--set", f"{name}={value}")]
+
+
+def call(*args: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["federate", *args])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_a_run_tells_its_facts_and_leaves_learngenes(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code, out, err = call("--clients", "2", "--rounds", "1", "--out", str(folder), *SMALL, "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["rounds"] == 1 and facts["learngenes"] == 2 and facts["up_bytes"] > 0 and facts["start_up_bytes"] > 0
+    assert Learngene.load(folder / "cluster-1" / "learngene.safetensors").method == "gene-fl"
+    again = call("--clients", "2", "--rounds", "1", "--out", str(folder), *SMALL, "--json")
+    assert again[0] == 0 and json.loads(again[1])["accuracy"] == facts["accuracy"]  # finished: nothing is repeated
+
+
+def test_a_flower_app_is_written_and_nothing_run(tmp_path: Path) -> None:
+    code, out, err = call("--write-app", str(tmp_path / "app"), "--rounds", "7", "--json")
+    assert code == 0 and json.loads(out)["files"] == 5 and not err
+    assert "rounds = 7" in (tmp_path / "app" / "pyproject.toml").read_text()
+    code, _, err = call("--write-app", str(tmp_path / "app"))
+    assert code == 1 and "there already" in err and len(err.strip().splitlines()) == 1
+
+
+def test_the_settings_are_listed_with_what_they_mean() -> None:
+    code, out, _ = call("--list-settings", "--json")
+    rows = {row["setting"]: row for row in json.loads(out)}
+    assert code == 0 and rows["mu"]["value"] == 0.01 and all(row["description"] for row in rows.values())
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["--set", "mo=1"], "no setting 'mo'"),
+        (["--set", "rounds=x"], "it is a int"),
+        (["--strategy", "fedsgd"], "there are gene-fl"),
+        (["--clients", "0", *SMALL], "2 or more would work"),
+        (["--clients", "1", *SMALL], "min_clients 2"),
+        (["--clients", "99", *SMALL], "clients would work"),
+        (["--data", "nowhere/at/all", "--set", "rounds=1"], "nowhere/at/all"),
+        (["--ancestor", "no-such-model"], "no-such-model"),
+        (["--engine", "ray", *SMALL], "there are process, flower"),
+    ],
+)
+def test_bad_input_is_one_line(args: list[str], told: str) -> None:
+    code, out, err = call(*args)
+    assert code == 1 and told in err and not out and len(err.strip().splitlines()) == 1, err
+
+
+def test_without_flower_one_line_names_the_extra() -> None:
+    code = (
+        "import sys, importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'flwr' else find(name, *rest)\n"
+        "from learngene_hub.cli import app\n"
+        "sys.argv = ['learngene', 'federate']\n"
+        "app()"
+    )
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 1 and "pip install 'learngene-hub[federated]'" in ran.stderr
+    assert len(ran.stderr.strip().splitlines()) == 1

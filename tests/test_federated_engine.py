@@ -1,0 +1,175 @@
+"""The real Flower runtime: its simulation on Ray, and a SuperLink with SuperNodes on this machine.
+
+Slow: Ray's and Flower's processes each import torch. ``MemoryGrid`` must give the same numbers as both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fed import grid_of, tiny
+
+from learngene_hub.errors import SettingsError, StoreError
+from learngene_hub.federated.apps import simulate, write_app
+from learngene_hub.federated.server import conduct
+from learngene_hub.federated.settings import Federation
+from learngene_hub.learngene import Learngene
+
+BIN = Path(sys.executable).parent
+ENGINE = """
+import sys
+from learngene_hub.federated.apps import simulate
+from learngene_hub.federated.settings import Federation
+import json
+settings = Federation(**json.loads(sys.argv[1]))
+simulate(settings, 2, engine="flower")
+"""
+
+
+def same_learngenes(one: Path, two: Path) -> None:
+    """Both runs left learngenes of the same tensors, to the last bit."""
+    names = sorted(path.name for path in one.glob("cluster-*"))
+    assert names and names == sorted(path.name for path in two.glob("cluster-*"))
+    for name in names:
+        a, b = (Learngene.load(folder / name / "learngene.safetensors").tensors for folder in (one, two))
+        assert a.keys() == b.keys()
+        for key, tensor in a.items():
+            np.testing.assert_array_equal(tensor.numpy(), b[key].numpy(), err_msg=key)
+
+
+def sizes(folder: Path) -> list[tuple[object, ...]]:
+    """What every message took, without the nodes' numbers, which Flower draws."""
+    lines = [json.loads(line) for line in (folder / "traffic.jsonl").read_text().splitlines()]
+    return sorted((line["round"], line["kind"], line["down"], line["up"]) for line in lines)
+
+
+def environment(home: Path) -> dict[str, str]:
+    """No telemetry, no update check, a home of its own, this interpreter's commands first."""
+    return {
+        **os.environ, "FLWR_HOME": str(home), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1",
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_flowers_simulation_gives_the_numbers_of_the_memory_grid(tmp_path: Path) -> None:
+    settings = tiny(rounds=2, timeout=240.0, out=str(tmp_path / "ray"))
+    told = json.dumps({**vars(settings)})
+    ran = subprocess.run(
+        [sys.executable, "-c", ENGINE, told], env=environment(tmp_path), capture_output=True, text=True, timeout=400
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    mine = tiny(rounds=2, timeout=240.0, out=str(tmp_path / "memory"))
+    conduct(grid_of(mine, 2), mine)
+    same_learngenes(tmp_path / "ray", tmp_path / "memory")
+    assert sizes(tmp_path / "ray") == sizes(tmp_path / "memory")
+
+
+def free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that are ended with their children, each in a group of its own."""
+    started: list[subprocess.Popen[bytes]] = []
+    yield started
+    for process in reversed(started):
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+    for process in started:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+
+
+def until(holds, seconds: float, what: str) -> None:  # type: ignore[no-untyped-def]
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"{what} took more than {seconds} s"
+        time.sleep(0.3)
+
+
+def listening(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.slow
+def test_a_superlink_and_supernodes_on_loopback_run_the_app_that_is_written(
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    link, *ports = (free_port() for _ in range(3))
+    env = environment(tmp_path / "home")
+    settings = tiny(rounds=2, timeout=240.0, out=str(tmp_path / "real"))
+    write_app(tmp_path / "app", settings)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.toml").write_text(
+        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{link}"\ninsecure = true\n'
+    )
+
+    def start(*command: str) -> None:
+        with (tmp_path / f"log-{len(processes)}.txt").open("wb") as log:
+            processes.append(
+                subprocess.Popen(
+                    [BIN / command[0], *command[1:]], env=env, stdout=log, stderr=log, start_new_session=True
+                )
+            )
+
+    start(
+        "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link),
+        "--disable-runtime-dependency-installation",
+    )  # fmt: skip
+    until(lambda: listening(link), 120, "the SuperLink")
+    for number, port in enumerate(ports):
+        start(
+            "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}", "--port", str(port),
+            "--node-config", f"partition-id={number} num-partitions={len(ports)}",
+        )  # fmt: skip
+    ran = subprocess.run(
+        [BIN / "flwr", "run", str(tmp_path / "app"), "here"], env=env, capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    logs = lambda: "\n".join(p.read_text(errors="replace")[-1500:] for p in sorted(tmp_path.glob("log-*.txt")))  # noqa: E731
+    try:
+        until(lambda: (tmp_path / "real" / "rounds.jsonl").exists(), 240, "the run")
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{logs()}") from error
+    time.sleep(1)
+    mine = tiny(rounds=2, timeout=240.0, out=str(tmp_path / "memory"))
+    conduct(grid_of(mine, 2), mine)
+    same_learngenes(tmp_path / "real", tmp_path / "memory")
+    assert sizes(tmp_path / "real") == sizes(tmp_path / "memory")
+
+
+def test_the_written_app_is_one_that_flower_takes(tmp_path: Path) -> None:
+    from flwr.cli.config_utils import load_and_validate
+
+    settings = tiny(data="photos", depths="4,6")
+    write_app(tmp_path, settings)
+    config, warnings = load_and_validate(tmp_path / "pyproject.toml")
+    assert Federation.from_run_config(config["tool"]["flwr"]["app"]["config"]) == settings, warnings
+    assert tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]["name"] == "gene-fl"
+    with pytest.raises(StoreError, match="there already"):
+        write_app(tmp_path, settings)
+
+
+def test_an_unknown_engine_is_told() -> None:
+    with pytest.raises(SettingsError, match="there are process, flower"):
+        simulate(tiny(), 2, engine="ray")
