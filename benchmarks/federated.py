@@ -4,9 +4,9 @@
     python benchmarks/federated.py --summarise
 
 DIR holds cifar10/train.parquet and pacs/train.parquet; the ancestor is a safetensors file of timm's
-deit_tiny_patch16_224, of which four evenly spaced blocks are taken. All settings stand in federated.yaml. One job is one
-(arm, partition, start, seed) and one row of results/federated.csv; what is there with these settings is skipped. Clients
-run one after the other in this process, on the in-memory Grid, whose numbers are those of Flower's simulation
+deit_tiny_patch16_224, of which four evenly spaced blocks are taken. All settings stand in federated.yaml. One job is an
+(arm, partition, start, seed) and a row of results/federated.csv; what is there with these settings is skipped. Clients
+run one by one in this process, on the in-memory Grid, whose numbers are those of Flower's simulation
 (tests/test_federated_engine.py). ``_federated_summary.py`` makes the tables and the plot.
 """
 

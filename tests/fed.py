@@ -24,7 +24,7 @@ from learngene_hub.federated.settings import Federation
 logging.getLogger("flwr").setLevel(logging.CRITICAL)
 
 TINY: Mapping[str, Any] = {
-    "rounds": 2, "depth": 4, "width": 32, "heads": 1, "patch": 16, "limit": 160, "fisher_images": 4, "epochs": 1,
+    "rounds": 2, "depth": 4, "width": 32, "heads": 1, "patch": 16, "limit": 96, "fisher_images": 2, "epochs": 1,
     "min_per_class": 4, "vectors": 1, "blocks": 1, "batch_size": 16, "alpha": 5.0, "classes": 10,
 }  # fmt: skip
 

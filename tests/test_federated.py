@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,17 +206,24 @@ def test_a_client_that_joins_later_takes_part_with_one_learngene() -> None:
 
 
 def test_the_global_gene_is_for_newcomers_that_no_cluster_is_near() -> None:
-    settings = tiny(far=1.5, clusters=2)
-    outcome, _ = run(4, far=1.5)
+    outcome, _ = run(4, far=1.5, rounds=1)
     strategy = outcome.strategy
     assert strategy is not None
-    groups = strategy.bases_by_cluster()
-    number = max(groups, key=lambda n: len(groups[n]))
-    assert strategy.nearest(groups[number][0]) == number
-    away = torch.linalg.svd(torch.cat([b for g in groups.values() for b in g], 1).T)[2][-3:].T  # outside all of them
-    assert strategy.nearest(away) == -1
+    e = torch.eye(32)
+    tilted = [torch.stack([math.cos(t) * e[k] + math.sin(t) * e[9], e[k + 1]], 1) for k in (0, 2) for t in (0.0, 0.3)]
+    bases, member = dict(zip(range(4), tilted, strict=True)), {0: 0, 1: 0, 2: 1, 3: 1}
+    strategy.progress = replace(strategy.progress, bases=bases, member=member)
+    assert [strategy.nearest(basis) for basis in tilted] == [0, 0, 1, 1]
+    assert strategy.nearest(e[6:8].T) == -1
     both = strategy.cluster(-1)
-    assert len(both.blocks) == settings.blocks and set(both.gene) <= set(strategy.names(both.blocks))
+    assert len(both.blocks) == 1 and set(both.gene) <= set(strategy.names(both.blocks))
+    (name, value), clusters = next(iter(both.gene.items())), strategy.progress.clusters
+    own = [(cluster.gene[name], cluster.images) for cluster in clusters if name in cluster.gene]
+    wanted = sum(gene * images for gene, images in own) / sum(images for _, images in own)
+    np.testing.assert_allclose(value, wanted, atol=1e-6)
+    strategy.progress = replace(strategy.progress, member={**member, 7: -1})
+    sent = strategy.message(7, -1, 2)
+    assert set(sent.content.array_records["arrays"]) == set(both.gene)
 
 
 def test_clients_of_other_depths_inherit_by_expand_and_share_at_their_relative_places() -> None:
@@ -320,7 +328,7 @@ def test_flowers_local_differential_privacy_clips_and_blurs_what_is_sent() -> No
     """It wants the tensors back that it saw come in, so the choice of layers must be frozen from the start."""
     settings = tiny(rounds=2, freeze_round=1, clusters=1, mu=0.0, nu=0.0)
     plain, _ = run(rounds=2, freeze_round=1, clusters=1, mu=0.0, nu=0.0)
-    private = LocalDpMod(clipping_norm=0.1, sensitivity=1e-5, epsilon=1.0, delta=1e-5)
+    private = LocalDpMod(clipping_norm=0.02, sensitivity=1e-5, epsilon=1.0, delta=1e-5)
     grid = MemoryGrid.of(make_client_app(settings, mods=[private]), 3, record=True)
     outcome = conduct(grid, settings)
     assert [row["used"] for row in outcome.history] == [3, 3]

@@ -70,7 +70,7 @@ FAULTS: dict[str, tuple[Fault, str]] = {
 }
 
 
-def with_fault(fault: Fault, node: int, round: int, clients: int = 4, **changes: object):  # type: ignore[no-untyped-def]
+def with_fault(fault: Fault, node: int, round: int, clients: int = 3, **changes: object):  # type: ignore[no-untyped-def]
     """A grid of which one node misbehaves in one round."""
     settings = tiny(clusters=1, **changes)
     grid = grid_of(settings, clients)
@@ -87,7 +87,7 @@ def with_fault(fault: Fault, node: int, round: int, clients: int = 4, **changes:
 
 @pytest.fixture(scope="module")
 def without() -> dict[str, np.ndarray]:
-    """What the other three clients average to in a round of which the fourth is left out."""
+    """What the other two clients average to in a round of which the third is left out."""
     settings, grid = with_fault(killed, 1003, 1, rounds=1)
     outcome = conduct(grid, settings)
     return {name: array.copy() for name, array in outcome.strategy.progress.clusters[0].gene.items()}  # type: ignore[union-attr]
@@ -99,7 +99,7 @@ def test_a_bad_reply_is_left_out_and_the_round_goes_on(name: str, without: dict[
     settings, grid = with_fault(fault, 1003, 1, rounds=1)
     outcome = conduct(grid, settings)
     assert outcome.strategy is not None
-    assert outcome.history[-1]["used"] == 3 and outcome.history[-1]["left_out"] == 1
+    assert outcome.history[-1]["used"] == 2 and outcome.history[-1]["left_out"] == 1
     (left,) = outcome.strategy.left_out
     assert left.node == 1003 and why in left.why, left
     gene = outcome.strategy.progress.clusters[0].gene
@@ -110,7 +110,7 @@ def test_a_bad_reply_is_left_out_and_the_round_goes_on(name: str, without: dict[
 
 def test_the_bad_client_takes_part_again_in_the_next_round() -> None:
     settings, grid = with_fault(crashed, 1002, 1, rounds=2)
-    assert [row["used"] for row in conduct(grid, settings).history] == [3, 4]
+    assert [row["used"] for row in conduct(grid, settings).history] == [2, 3]
 
 
 def test_a_round_without_a_usable_reply_stops_and_keeps_the_last_one(tmp_path: Path) -> None:
