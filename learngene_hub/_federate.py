@@ -51,7 +51,9 @@ def federate(
     list_settings: Annotated[bool, typer.Option("--list-settings", help="Only list the settings of a run.")] = False,
     yes: YesOption = False,
 ) -> None:
-    """Train learngenes across clients that can't share data (GENE-FL on Flower).
+    """Train learngenes across clients that can't share data.
+
+    The method is GENE-FL, the engine Flower.
 
     Needs learngene-hub[federated]. With --write-app the same run starts by `flwr run`, in simulation or on a SuperLink
     with SuperNodes on many machines.
