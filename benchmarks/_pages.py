@@ -38,7 +38,12 @@ def settings(name: str) -> dict[str, Any]:
 
 def brief(read: Read) -> str:
     """The paired differences that matter, of all comparisons but the one of record; "" where there is none."""
-    lines = [line for part in (_learned, _parts, _cnn, _advantages, _pool) for line in part(read) if line.gap]
+    lines = [
+        line
+        for part in (_learned, _parts, _cnn, _advantages, _pool, _continual, _federated)
+        for line in part(read)
+        if line.gap
+    ]
     head = ["start", "less", "where", "points", "runs"]
     return table(head, [line.cells() for line in lines]) if lines else ""
 
@@ -124,6 +129,30 @@ def _pool(read: Read) -> list[Line]:
     return lines
 
 
+def _continual(read: Read) -> list[Line]:
+    found, lines = read("continual.json"), []
+    for way, part in found["ways"].items() if found else ():
+        size = str(max(found["sizes"]))
+        told = {"probe": "a linear probe", "tune": "finetuned"}.get(way, way)
+        for less in ("anchor", "retrain", "sequential", "last", "soup"):
+            gap = part["differences"].get("pool", {}).get(less, {}).get(size)
+            where = f"20 images per class of three other sets, {told}, after {size} corpora"
+            lines.append(Line(what="adaptive: pool and TALS", less=less, where=where, gap=gap))
+    return lines
+
+
+def _federated(read: Read) -> list[Line]:
+    found, lines = read("federated.json"), []
+    for name, arms in found["tables"].items() if found else ():
+        own = arms.get("gene-fl", {}).get("minus_fedavg", {})
+        for number, who in (("accuracy", "clients"), ("newcomer", "newcomers")):
+            gap = own.get(number)
+            lines.append(
+                Line(what="gene-fl", less="fedavg", where=f"{name}, {who}", gap=gap if gap and gap["n"] else None)
+            )
+    return lines
+
+
 # The page -------------------------------------------------------------------------------------------------------------
 
 
@@ -141,6 +170,8 @@ def page(read: Read, learned: Callable[[dict[str, Any]], str]) -> str:
         ("Inherited parts of CNNs", "cnn", _cnn_page),
         ("Four advantages", "advantages", _advantages_page),
         ("Learngene Pool and SN-Net", "pool", _pool_page),
+        ("A pool that grows", "continual", _continual_page),
+        ("Federations", "federated", _federated_page),
     ):
         if (found := read(f"{name}.json")) is not None:
             parts += [f"## {title}", write(found), f"![{title}](results/{name}.png)", f"Every run: `{name}.csv`."]
@@ -191,3 +222,22 @@ def _pool_page(found: dict[str, Any]) -> str:
 
     parts = [short(found), table_of(found["networks"])]
     return "\n\n".join([*parts, *([table_of(found["aside"])] if found["aside"] else [])])
+
+
+def _continual_page(found: dict[str, Any]) -> str:
+    from _continual_text import text
+
+    return text(found).replace("\n## ", "\n### ").replace("## ", "### ", 1)
+
+
+def _federated_page(found: dict[str, Any]) -> str:
+    from _federated_summary import table as table_of
+
+    behind = "\n".join(f"- {line}" for line in found["loses"]) or "- nowhere"
+    head = (
+        f"{found['clients']} clients and {found['newcomers']} newcomers, {found['common']['limit']} images in all, "
+        f"{found['common']['rounds']} rounds, {len(found['seeds'])} seeds."
+    )
+    return "\n\n".join(
+        [head, *(table_of(name, arms) for name, arms in found["tables"].items()), f"Behind:\n\n{behind}"]
+    )
