@@ -55,7 +55,7 @@ class Sources:
     @property
     def of_learned(self) -> learned.Sources:
         """The same for learned.py, with its own settings."""
-        settings = Path(learned.__file__).with_name("learned.yaml")
+        settings = Path(learned.__file__).with_name(self.read().get("ancestor_settings", "learned.yaml"))
         return learned.Sources(data=self.data, ancestor=self.ancestor, work=self.learned, config=settings)
 
     def make_ancestor(self) -> None:
