@@ -1,0 +1,116 @@
+"""What a selection costs, and whether its memory grows with the pool: each measured in a process of its own.
+
+    python benchmarks/_continual_cost.py POOL SIZE THREADS IMAGES
+
+selects from a pool's first SIZE entries for a task in a safetensors file of ``pixels`` and ``labels``, and prints a
+line of JSON. ``measured`` makes the pool and asks for all of them. Its entries are trained for one update each: what a
+selection costs does not depend on how good they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from _arms import machine
+from _continual_data import Sources, corpus, per_class
+from _continual_growth import BASE, open_learngene, stored
+from safetensors.torch import load_file, save_file
+
+from learngene_hub.data import Images
+from learngene_hub.pool import Pool
+from learngene_hub.training import Recipe
+
+NEVER = 1e6  # times the distance at which a task is refused
+
+
+def large_pool(sources: Sources, entries: int) -> Pool:
+    """A pool of so many entries, each of images drawn from a corpus and trained for one update."""
+    config, folder = sources.read(), sources.work / "large-pool"
+    names = list(config["corpora"])
+    if folder.exists():
+        pool = Pool.load(folder)
+    else:
+        pool = Pool.create(
+            folder, open_learngene(stored(sources, BASE, 0)), entry=config["pool"]["entry"],
+            components=config["pool"]["components"], image_size=config["image_size"],
+        )  # fmt: skip
+    for number in range(len(pool), entries):
+        whole = corpus(sources, names[number % len(names)], "train")
+        order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(number))[:100]
+        once = Recipe(epochs=1, batch_size=100, lr=1e-4, schedule="constant", warmup=0.0, seed=number)
+        pool = pool.add(whole.subset(order), name=f"{whole.name}-{number}", recipe=once)
+    return pool
+
+
+def task_file(sources: Sources, images: int) -> Path:
+    """A task of so many labelled images of a corpus, ten of whose classes it has: a file for the other process."""
+    config = sources.read()
+    name = list(config["corpora"])[0]
+    whole = corpus(sources, name, "test")
+    classes = torch.arange(10)
+    part = whole.subset(torch.isin(whole.labels, classes).nonzero()[:, 0])
+    few = per_class(Images(part.pixels, part.labels, part.classes[:10], name), images // 10, 0)
+    path = sources.work / "cost-task.safetensors"
+    save_file({"pixels": few.pixels, "labels": few.labels}, path)
+    return path
+
+
+def selected(folder: Path, size: int, images: Path) -> dict[str, Any]:
+    """One selection from the first ``size`` entries, in this process: seconds, and the most memory it ever had."""
+    pool = Pool.load(folder)
+    pool = replace(pool, manifest=replace(pool.manifest, entries=pool.manifest.entries[:size]))
+    task = load_file(images)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    found = pool.select(task["pixels"], task["labels"], tolerance=NEVER)
+    return {
+        "entries": size,
+        "threads": torch.get_num_threads(),
+        "seconds": round(time.perf_counter() - began, 2),
+        "selected": len(found.entries),
+        "peak_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
+        "before_megabytes": round(before / 1024, 1),
+    }
+
+
+def measured(sources: Sources, repeats: int) -> dict[str, Any]:
+    """Selections of each size of pool and number of threads, one after the other."""
+    stage, began = sources.read()["cost"], time.perf_counter()
+    pool, rows = large_pool(sources, max(stage["entries"])), []
+    made, images = time.perf_counter() - began, task_file(sources, stage["images"])
+    for _ in range(repeats):
+        for size, threads in [(size, 1) for size in stage["entries"]] + [(max(stage["entries"]), 2)]:
+            command = [sys.executable, __file__, str(pool.folder), str(size), str(threads), str(images)]
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+            rows.append(json.loads(told))
+            print(told.strip(), flush=True)
+    return {
+        "task_images": stage["images"],
+        "selections": rows,
+        "entry_megabytes": round(pool.manifest.entries[0].bytes / 1e6, 2),
+        "seconds_of_making_the_pool": round(made, 1),
+        "load_average": [round(one, 1) for one in os.getloadavg()],
+        "machine": machine("cpu"),
+    }
+
+
+def main(argv: list[str]) -> int:
+    """A selection in this process, told as JSON."""
+    folder, size, threads, images = argv
+    torch.set_num_threads(int(threads))
+    print(json.dumps(selected(Path(folder), int(size), Path(images))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
