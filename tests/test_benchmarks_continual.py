@@ -14,7 +14,7 @@ import torch
 import yaml
 from conftest import build_pico
 from planted import FACTS
-from pools import ONCE, TINY, look
+from pools import TINY, look
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
@@ -78,6 +78,15 @@ def tried(what: str, shares: dict[str, float], residual: float, **more: Any) -> 
     return Tried(what=what, shares=json.dumps(shares), residual=residual, **values | rest | more)
 
 
+def pool_of_two(folder: Path) -> Pool:
+    """Of entries that change nothing, without training: what is asked of them is whose they are."""
+    ancestor = build_pico(TINY)
+    pool = Pool.create(folder / "pool", factory.extract("net2net", ancestor, {}, facts=FACTS), features=64)
+    for name in ("a", "b"):
+        pool = pool.add(look(1 + len(pool)), name=name, ancestor=ancestor)
+    return pool
+
+
 # Images ---------------------------------------------------------------------------------------------------------------
 
 
@@ -135,9 +144,7 @@ def test_what_stands_on_something_new_is_made_again(tmp_path: Path) -> None:
     everything = _continual_growth.growths(2)
     assert _continual_growth.missing(sources, 2) == everything
     source = _continual_growth.source_of(sources)
-    pool = Pool.create(tmp_path / "pool", factory.extract("net2net", build_pico(TINY), {}, facts=FACTS), features=64)
-    for name in ("a", "b"):
-        pool = pool.add(look(1 + len(pool)), name=name, recipe=ONCE)
+    pool_of_two(tmp_path)
     for job in everything:
         _runs.append_row(sources.beside("growing"), grown(job.arm, job.size, {}, source=source))
         if job.arm != "pool":
@@ -179,11 +186,7 @@ def test_a_row_is_stale_where_what_it_was_grown_from_changed(tmp_path: Path) -> 
     job = row("pool", 2, 0.0).job
     ask = Ask(arm="pool", size=2, set="s", seed=1)
     assert _continual_arms.source_of(job, sources, {}) == ""  # neither a selection nor a base is there
-    learngene = factory.extract("net2net", build_pico(TINY), {}, facts=FACTS)
-    learngene.save(tmp_path / "base.safetensors")
-    pool = Pool.create(tmp_path / "pool", learngene, features=64)
-    for name in ("a", "b"):
-        pool = pool.add(look(1 + len(pool)), name=name, recipe=ONCE)
+    pool_of_two(tmp_path).anchor.save(tmp_path / "base.safetensors")
 
     def source(weights: dict[str, float], **more: Any) -> str:
         return _continual_arms.source_of(replace(job, **more), sources, {ask: found(weights)})
