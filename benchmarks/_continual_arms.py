@@ -20,7 +20,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -107,8 +107,11 @@ class Row(Job):
 
 def select(ask: Ask, sources: Sources) -> Found:
     """What a rule selects for a task."""
-    few, _ = task(sources, ask.set, ask.seed)
     pool = pool_of(sources, ask.size)
+    alike = selections(sources).get(replace(ask, arm="pool")) if ask.arm == "pool-sure" else None
+    if alike is not None and not alike.abstained:
+        return replace(alike, arm=ask.arm)  # it did not abstain, so that asking it not to would change nothing
+    few, _ = task(sources, ask.set, ask.seed)
     found = pool.select(few, seed=ask.seed, **RULES[ask.arm])
     return Found(
         **asdict(ask),

@@ -92,24 +92,28 @@ def pool_of(sources: Sources, size: int) -> Pool:
     return replace(pool, manifest=replace(pool.manifest, entries=pool.manifest.entries[:size]))
 
 
-def source_of(sources: Sources) -> str:
-    """16 hex digits of all that growing depends on."""
+def source_of(sources: Sources, arm: str) -> str:
+    """16 hex digits of all that an arm depends on."""
     config = sources.read()
-    told = {key: config[key] for key in ("image_size", "precision", "ancestor", "corpora", "superclasses", "corpus")}
-    told |= {key: config[key] for key in ("pool", "finetuning")} | {"file": file_digest(str(sources.ancestor))}
+    keys = ["image_size", "precision", "ancestor"]
+    if arm != BASE:
+        keys += ["corpora", "superclasses", "corpus", "pool" if arm == POOL else "finetuning"]
+    told = [config[key] for key in keys] + [file_digest(str(sources.ancestor))]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def missing(sources: Sources, sizes: int) -> list[Growth]:
     """What is to be made, in order: what has no row of these settings or no file, and all that stands on it."""
-    source, found = source_of(sources), list[Growth]()
-    done = {row.job for row in read_rows(sources.beside("growing"), Grown) if row.source == source}
+    found = list[Growth]()
+    rows = read_rows(sources.beside("growing"), Grown)
+    done = {row.job for row in rows if row.source == source_of(sources, row.arm)}
     pool = sources.work / "pool"
     names = Pool.load(pool).names if pool.exists() else ()
     for job in growths(sizes):
         there = len(names) >= job.size if job.arm == POOL else stored(sources, job.arm, job.size).exists()
-        stands_on = [other for other in found if other.arm in (BASE, job.arm)]
-        if job not in done or not there or stands_on:
+        under = {POOL: [POOL], "sequential": ["sequential", "last"][: 2 if job.size == 2 else 1]}.get(job.arm, [])
+        before = Growth(arm=BASE, size=0) in found or any(o.arm in under and o.size < job.size for o in found)
+        if job not in done or not there or before:
             found.append(job)
     return found
 
@@ -128,7 +132,7 @@ def make(job: Growth, sources: Sources) -> Grown:
     probes = json.dumps({name: round(corpus_probe(learngene, sources, name), 3) for name in names})
     return Grown(
         arm=job.arm, size=job.size, **told, seconds=round(seconds, 2), probes=probes, digest=digest,
-        source=source_of(sources), machine=machine("cpu"),
+        source=source_of(sources, job.arm), machine=machine("cpu"),
     )  # fmt: skip
 
 

@@ -35,7 +35,7 @@ import yaml
 from _continual_arms import ANCHOR, SINGLE, Ask, Job, Row, measure, select, selections, source_of, told_found, told_row
 from _continual_cost import measured
 from _continual_data import Sources
-from _continual_growth import STORED, make, missing, pool_of
+from _continual_growth import POOL, STORED, make, missing, pool_of
 from _continual_growth import told as told_growth
 from _continual_selection import Trial, Tried, attempt, trials
 from _continual_selection import told as told_trial
@@ -51,21 +51,22 @@ def rules_at(config: dict[str, Any], size: int) -> list[str]:
     return [arm for arm, sizes in config["rules"].items() if size in sizes]
 
 
-def asks(config: dict[str, Any], seed: int) -> list[Ask]:
-    """Every selection of a seed."""
+def asks(config: dict[str, Any], seed: int, sizes: Sequence[int]) -> list[Ask]:
+    """Every selection of a seed from pools of these sizes."""
     return [
         Ask(arm=arm, size=size, set=name, seed=seed)
         for name in config["sets"]
-        for size in range(1, len(config["corpora"]) + 1)
+        for size in sizes
+        if size
         for arm in rules_at(config, size)
     ]
 
 
-def jobs(config: dict[str, Any], way: str, seed: int) -> list[Job]:
+def jobs(config: dict[str, Any], way: str, seed: int, sizes: Sequence[int]) -> list[Job]:
     """Every run of a seed and a way, the largest pools first: what is cut short is what matters less."""
     stage, full = config["ways"][way], len(config["corpora"])
     found = []
-    for size in stage["sizes"]:
+    for size in (size for size in stage["sizes"] if size in sizes):
         arms = [*rules_at(config, size), *STORED] if size else [ANCHOR]
         cells = [(arm, stage["depths"]) for arm in arms]
         if size == full:
@@ -79,16 +80,20 @@ def jobs(config: dict[str, Any], way: str, seed: int) -> list[Job]:
     return found
 
 
-def grow_all(sources: Sources) -> int:
-    """The first stage: one after the other, as each stands on what is there; returns how many failed."""
-    todo = missing(sources, len(sources.read()["corpora"]))
+def grow_all(sources: Sources, sizes: Sequence[int]) -> int:
+    """The first stage: one after the other, as each stands on what is there; returns how many failed.
+
+    The pool and ``sequential`` go through all corpora, whatever the sizes.
+    """
+    wanted = missing(sources, len(sources.read()["corpora"]))
+    todo = [job for job in wanted if job.size in (0, 1, *sizes) or job.arm in (POOL, "sequential")]
     return run(todo, functools.partial(make, sources=sources), told_growth, 1, sources.beside("growing"))
 
 
-def select_all(sources: Sources, seed: int, workers: int) -> int:
+def select_all(sources: Sources, seed: int, sizes: Sequence[int], workers: int) -> int:
     """The second stage, of a seed."""
     there = selections(sources)
-    todo = [ask for ask in asks(sources.read(), seed) if ask not in there]
+    todo = [ask for ask in asks(sources.read(), seed, sizes) if ask not in there]
     return run(todo, functools.partial(select, sources=sources), told_found, workers, sources.beside("selections"))
 
 
@@ -109,10 +114,10 @@ def cost_all(sources: Sources) -> int:
     return 0
 
 
-def measure_all(sources: Sources, way: str, seed: int, workers: int) -> int:
+def measure_all(sources: Sources, way: str, seed: int, sizes: Sequence[int], workers: int) -> int:
     """The last two stages, of a seed."""
     there, config = selections(sources), sources.read()
-    wanted = {job: source_of(job, sources, there) for job in jobs(config, way, seed)}
+    wanted = {job: source_of(job, sources, there) for job in jobs(config, way, seed, sizes)}
     done = {(row.job, row.source) for row in read_rows(sources.out, Row)}
     todo = [job for job, source in wanted.items() if (job, source) not in done]
     return run(todo, functools.partial(measure, sources=sources), told_row, workers, sources.out)
@@ -135,6 +140,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=ROOT / "benchmarks" / "continual.yaml")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "continual", help="where learngenes are kept")
     parser.add_argument("--stages", default=",".join(STAGES), help="default: all, %(default)s")
+    parser.add_argument("--sizes", help="of the pool, 0: the anchor; default: all; the rest is added by another call")
     parser.add_argument("--seeds", help="default: those of the settings")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each; default: 1")
     parser.add_argument("--out", type=Path, default=RESULTS / "continual.csv")
@@ -161,15 +167,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := set(stages) - set(STAGES):
         raise SystemExit(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     seeds = [int(text) for text in args.seeds.split(",")] if args.seeds else config["seeds"]
+    sizes = [int(text) for text in args.sizes.split(",")] if args.sizes else list(range(len(config["corpora"]) + 1))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    failed = grow_all(sources) if "growing" in stages else 0
+    failed = grow_all(sources, sizes) if "growing" in stages else 0
     for seed in seeds if "selections" in stages else ():
-        failed += select_all(sources, seed, args.workers)
+        failed += select_all(sources, seed, sizes, args.workers)
     failed += try_all(sources, args.workers) if "trials" in stages else 0
     failed += cost_all(sources) if "cost" in stages else 0
     for way in [stage for stage in STAGES[-2:] if stage in stages]:
         for seed in seeds:
-            failed += measure_all(sources, way, seed, args.workers)
+            failed += measure_all(sources, way, seed, sizes, args.workers)
     return 1 if failed else 0
 
 

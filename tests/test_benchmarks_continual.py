@@ -143,9 +143,9 @@ def test_what_stands_on_something_new_is_made_again(tmp_path: Path) -> None:
     sources = Sources(data=tmp_path, ancestor=ancestor, work=tmp_path, config=config, out=tmp_path / "out.csv")
     everything = _continual_growth.growths(2)
     assert _continual_growth.missing(sources, 2) == everything
-    source = _continual_growth.source_of(sources)
     pool_of_two(tmp_path)
     for job in everything:
+        source = _continual_growth.source_of(sources, job.arm)
         _runs.append_row(sources.beside("growing"), grown(job.arm, job.size, {}, source=source))
         if job.arm != "pool":
             _continual_growth.stored(sources, job.arm, job.size).write_bytes(b"")
@@ -154,19 +154,26 @@ def test_what_stands_on_something_new_is_made_again(tmp_path: Path) -> None:
     assert _continual_growth.missing(sources, 2) == [Growth(arm="sequential", size=2)]
     (tmp_path / "base.safetensors").unlink()
     assert _continual_growth.missing(sources, 2) == everything
+    for name in ("base", "sequential-2"):
+        (tmp_path / f"{name}.safetensors").write_bytes(b"")
     config.write_text(yaml.safe_dump(HAND | {"finetuning": {"lr": 2}}))
-    assert _continual_growth.source_of(sources) != source
+    assert _continual_growth.missing(sources, 2) == [job for job in everything if job.arm not in ("base", "pool")]
+    config.write_text(yaml.safe_dump(HAND | {"pool": {"lr": 2}}))
+    assert _continual_growth.missing(sources, 2) == [job for job in everything if job.arm == "pool"]
+    (tmp_path / "last-1.safetensors").unlink()
+    config.write_text(yaml.safe_dump(HAND))
+    assert _continual_growth.missing(sources, 2) == [Growth(arm="last", size=1), Growth(arm="sequential", size=2)]
 
 
 def test_the_jobs_of_a_seed() -> None:
-    found = [(job.arm, job.size, job.set) for job in continual.jobs(HAND, "tune", 1)]
+    found = [(job.arm, job.size, job.set) for job in continual.jobs(HAND, "tune", 1, [0, 1, 2])]
     arms = ["pool", "soup", "retrain", "sequential", "last", "single-a", "single-b"]
     assert found[:14] == [(arm, 2, name) for name in ("s", "t") for arm in arms]
     assert found[14:16] == [("anchor", 0, "s"), ("anchor", 0, "t")]
     assert found[16:] == [(arm, 1, name) for name in ("s", "t") for arm in ("pool", "retrain", "sequential", "last")]
-    asked = [(ask.arm, ask.size) for ask in continual.asks(HAND, 1) if ask.set == "s"]
+    asked = [(ask.arm, ask.size) for ask in continual.asks(HAND, 1, [0, 1, 2]) if ask.set == "s"]
     assert asked == [("pool", 1), ("pool", 2), ("soup", 2)]
-    own = [job for job in continual.jobs(CONFIG, "tune", 1) if job.arm.startswith("single")]
+    own = [job for job in continual.jobs(CONFIG, "tune", 1, range(6)) if job.arm.startswith("single")]
     depths, sets = CONFIG["ways"]["tune"]["single_depths"], CONFIG["sets"]
     assert len(own) == 5 * len(depths) * len(sets) and len(set(own)) == len(own)
 
