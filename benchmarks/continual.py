@@ -62,7 +62,7 @@ def asks(config: dict[str, Any], seed: int, sizes: Sequence[int]) -> list[Ask]:
     ]
 
 
-def jobs(config: dict[str, Any], way: str, seed: int, sizes: Sequence[int]) -> list[Job]:
+def jobs(config: dict[str, Any], way: str, seed: int, sizes: Sequence[int], depths: Sequence[int]) -> list[Job]:
     """Every run of a seed and a way, the largest pools first: what is cut short is what matters less."""
     stage, full = config["ways"][way], len(config["corpora"])
     found = []
@@ -74,8 +74,9 @@ def jobs(config: dict[str, Any], way: str, seed: int, sizes: Sequence[int]) -> l
         found += [
             Job(way=way, arm=arm, size=size, depth=depth, set=name, seed=seed)
             for name in config["sets"]
-            for arm, depths in cells
-            for depth in depths
+            for arm, its in cells
+            for depth in its
+            if depth in depths
         ]
     return found
 
@@ -114,10 +115,12 @@ def cost_all(sources: Sources) -> int:
     return 0
 
 
-def measure_all(sources: Sources, way: str, seed: int, sizes: Sequence[int], workers: int) -> int:
+def measure_all(
+    sources: Sources, way: str, seed: int, sizes: Sequence[int], depths: Sequence[int], workers: int
+) -> int:
     """The last two stages, of a seed."""
     there, config = selections(sources), sources.read()
-    wanted = {job: source_of(job, sources, there) for job in jobs(config, way, seed, sizes)}
+    wanted = {job: source_of(job, sources, there) for job in jobs(config, way, seed, sizes, depths)}
     done = {(row.job, row.source) for row in read_rows(sources.out, Row)}
     todo = [job for job, source in wanted.items() if (job, source) not in done]
     return run(todo, functools.partial(measure, sources=sources), told_row, workers, sources.out)
@@ -141,6 +144,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "continual", help="where learngenes are kept")
     parser.add_argument("--stages", default=",".join(STAGES), help="default: all, %(default)s")
     parser.add_argument("--sizes", help="of the pool, 0: the anchor; default: all; the rest is added by another call")
+    parser.add_argument("--depths", help="of the descendants; default: those of the settings")
     parser.add_argument("--seeds", help="default: those of the settings")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread each; default: 1")
     parser.add_argument("--out", type=Path, default=RESULTS / "continual.csv")
@@ -168,6 +172,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     seeds = [int(text) for text in args.seeds.split(",")] if args.seeds else config["seeds"]
     sizes = [int(text) for text in args.sizes.split(",")] if args.sizes else list(range(len(config["corpora"]) + 1))
+    known = sorted({depth for way in config["ways"].values() for depth in way["depths"]})
+    depths = [int(text) for text in args.depths.split(",")] if args.depths else known
     args.out.parent.mkdir(parents=True, exist_ok=True)
     failed = grow_all(sources, sizes) if "growing" in stages else 0
     for seed in seeds if "selections" in stages else ():
@@ -176,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed += cost_all(sources) if "cost" in stages else 0
     for way in [stage for stage in STAGES[-2:] if stage in stages]:
         for seed in seeds:
-            failed += measure_all(sources, way, seed, sizes, args.workers)
+            failed += measure_all(sources, way, seed, sizes, depths, args.workers)
     return 1 if failed else 0
 
 

@@ -166,14 +166,16 @@ def test_what_stands_on_something_new_is_made_again(tmp_path: Path) -> None:
 
 
 def test_the_jobs_of_a_seed() -> None:
-    found = [(job.arm, job.size, job.set) for job in continual.jobs(HAND, "tune", 1, [0, 1, 2])]
+    found = [(job.arm, job.size, job.set) for job in continual.jobs(HAND, "tune", 1, [0, 1, 2], [4])]
     arms = ["pool", "soup", "retrain", "sequential", "last", "single-a", "single-b"]
     assert found[:14] == [(arm, 2, name) for name in ("s", "t") for arm in arms]
     assert found[14:16] == [("anchor", 0, "s"), ("anchor", 0, "t")]
     assert found[16:] == [(arm, 1, name) for name in ("s", "t") for arm in ("pool", "retrain", "sequential", "last")]
+    assert continual.jobs(HAND, "tune", 1, [0, 1], [4]) == continual.jobs(HAND, "tune", 1, [0, 1, 2], [4])[14:]
+    assert continual.jobs(HAND, "tune", 1, [0, 1, 2], [6]) == []
     asked = [(ask.arm, ask.size) for ask in continual.asks(HAND, 1, [0, 1, 2]) if ask.set == "s"]
     assert asked == [("pool", 1), ("pool", 2), ("soup", 2)]
-    own = [job for job in continual.jobs(CONFIG, "tune", 1, range(6)) if job.arm.startswith("single")]
+    own = [job for job in continual.jobs(CONFIG, "tune", 1, range(6), range(13)) if job.arm.startswith("single")]
     depths, sets = CONFIG["ways"]["tune"]["single_depths"], CONFIG["sets"]
     assert len(own) == 5 * len(depths) * len(sets) and len(set(own)) == len(own)
 
