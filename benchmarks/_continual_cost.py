@@ -3,8 +3,8 @@
     python benchmarks/_continual_cost.py POOL SIZE THREADS IMAGES
 
 selects from a pool's first SIZE entries for a task in a safetensors file of ``pixels`` and ``labels``, and prints a
-line of JSON. ``measured`` makes the pool and asks for all of them. Its entries are trained for one update each: what a
-selection costs does not depend on how good they are.
+line of JSON. ``measured`` makes the pool and asks for all of them, and measures what adding an entry costs. Its entries
+are trained for one update each: what a selection costs does not depend on how good they are.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -21,11 +22,11 @@ from typing import Any
 
 import torch
 from _arms import machine
-from _continual_data import Sources, corpus, per_class
+from _continual_data import Sources, corpus, joined, of_classes, per_class, recipe
 from _continual_growth import BASE, open_learngene, stored
 from safetensors.torch import load_file, save_file
 
-from learngene_hub.data import Images
+from learngene_hub.factory import expand, finetune
 from learngene_hub.pool import Pool
 from learngene_hub.training import Recipe
 
@@ -52,16 +53,28 @@ def large_pool(sources: Sources, entries: int) -> Pool:
 
 
 def task_file(sources: Sources, images: int) -> Path:
-    """A task of so many labelled images of a corpus, ten of whose classes it has: a file for the other process."""
-    config = sources.read()
-    name = list(config["corpora"])[0]
-    whole = corpus(sources, name, "test")
-    classes = torch.arange(10)
-    part = whole.subset(torch.isin(whole.labels, classes).nonzero()[:, 0])
-    few = per_class(Images(part.pixels, part.labels, part.classes[:10], name), images // 10, 0)
-    path = sources.work / "cost-task.safetensors"
+    """A task of so many labelled images, five classes of each of two corpora: a file for the other process."""
+    names = list(sources.read()["corpora"])
+    parts = []
+    for name in (names[0], names[-1]):
+        whole = corpus(sources, name, "test")
+        parts.append(per_class(of_classes(whole, whole.classes[:5], name), images // 10, 0))
+    few, path = joined(parts, "task"), sources.work / "cost-task.safetensors"
     save_file({"pixels": few.pixels, "labels": few.labels}, path)
     return path
+
+
+def peak_megabytes() -> float:
+    """The most memory that this process ever had in use.
+
+    Linux counts into ``ru_maxrss`` what the process that started this one had; what it tells of this one comes first.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        lines = []
+    told = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    return round(int(told[0] if told else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024, 1)
 
 
 def selected(folder: Path, size: int, images: Path) -> dict[str, Any]:
@@ -69,32 +82,65 @@ def selected(folder: Path, size: int, images: Path) -> dict[str, Any]:
     pool = Pool.load(folder)
     pool = replace(pool, manifest=replace(pool.manifest, entries=pool.manifest.entries[:size]))
     task = load_file(images)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
+    before = peak_megabytes()
+    began, worked = time.perf_counter(), time.process_time()
     found = pool.select(task["pixels"], task["labels"], tolerance=NEVER)
     return {
         "entries": size,
         "threads": torch.get_num_threads(),
         "seconds": round(time.perf_counter() - began, 2),
+        "cpu_seconds": round(time.process_time() - worked, 2),  # of all threads: what a machine with other work hides
         "selected": len(found.entries),
-        "peak_megabytes": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1),
-        "before_megabytes": round(before / 1024, 1),
+        "peak_megabytes": peak_megabytes(),
+        "before_megabytes": before,
     }
+
+
+def adding(sources: Sources) -> dict[str, Any]:
+    """CPU seconds of an entry of some images (training, and its key) and of finetuning the base on them, one epoch."""
+    config = sources.read()
+    base, images = open_learngene(stored(sources, BASE, 0)), corpus(sources, list(config["corpora"])[0], "train")
+    images = images.subset(range(sources.read()["cost"]["added"]))
+    once = {"batch_size": config["pool"]["batch_size"], "epochs": 1}
+    folder, seconds = sources.work / "added-pool", {}
+    for turn in ("warm-up", "measured"):
+        shutil.rmtree(folder, ignore_errors=True)
+        pool = Pool.create(
+            folder, base, entry=config["pool"]["entry"], components=config["pool"]["components"],
+            image_size=config["image_size"],
+        )  # fmt: skip
+        part = images.subset(range(32)) if turn == "warm-up" else images
+        began = time.process_time()
+        pool = pool.add(part, recipe=recipe(config["pool"] | once, precision=config["precision"], seed=1))
+        seconds["entry"] = round(time.process_time() - began, 2)
+        told = pool.read(part.name).provenance
+        began = time.process_time()
+        size = {"num_labels": len(images.classes), "image_size": config["image_size"], "seed": 1}
+        model = expand(base, depth=12, width=192, **size)
+        for _ in finetune(
+            model, part, recipe=recipe(config["finetuning"] | once, precision=config["precision"], seed=1)
+        ):
+            pass
+        seconds["finetuning"] = round(time.process_time() - began, 2)
+    return {"images": len(images), "entry_training_wall_seconds": told["seconds"], "cpu_seconds": seconds}
 
 
 def measured(sources: Sources, repeats: int) -> dict[str, Any]:
     """Selections of each size of pool and number of threads, one after the other."""
+    torch.set_num_threads(1)
     stage, began = sources.read()["cost"], time.perf_counter()
     pool, rows = large_pool(sources, max(stage["entries"])), []
     made, images = time.perf_counter() - began, task_file(sources, stage["images"])
     for _ in range(repeats):
         for size, threads in [(size, 1) for size in stage["entries"]] + [(max(stage["entries"]), 2)]:
             command = [sys.executable, __file__, str(pool.folder), str(size), str(threads), str(images)]
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+            # Threads that wait sleep: where other work has the second core, spinning ones took ten times as long.
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
             told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
             rows.append(json.loads(told))
             print(told.strip(), flush=True)
     return {
+        "adding": adding(sources),
         "task_images": stage["images"],
         "selections": rows,
         "entry_megabytes": round(pool.manifest.entries[0].bytes / 1e6, 2),

@@ -86,9 +86,17 @@ def open_learngene(path: Path) -> Learngene:
     return Learngene.load(path)
 
 
+@lru_cache(maxsize=2)
+def _opened(folder: Path, manifest: str) -> Pool:
+    """The pool of this folder while its manifest is this text."""
+    del manifest
+    return Pool.load(folder)
+
+
 def pool_of(sources: Sources, size: int) -> Pool:
     """The pool as it was when it had ``size`` entries."""
-    pool = Pool.load(sources.work / "pool")
+    folder = sources.work / "pool"
+    pool = _opened(folder, (folder / "pool.json").read_text())
     return replace(pool, manifest=replace(pool.manifest, entries=pool.manifest.entries[:size]))
 
 

@@ -123,7 +123,8 @@ def comparison(rows: Sequence[Row], config: dict[str, Any]) -> dict[str, Any]:
 def forgetting(rows: Sequence[Grown], names: Sequence[str]) -> dict[str, Any]:
     """Of each arm: what a probe reads off each corpus after each, how much of the old ones fell, the newest, the mean.
 
-    ``forgotten``: over the corpora but the newest, accuracy just after the corpus less accuracy at the end.
+    ``forgotten``: over the corpora but the newest, accuracy just after the corpus less accuracy at the end. Of the pool
+    each corpus is read with its own entry, which does not change, so that nothing is forgotten by construction.
     """
     found: dict[str, Any] = {}
     newest = {(row.arm, row.size): json.loads(row.probes) for row in rows}
@@ -132,10 +133,12 @@ def forgetting(rows: Sequence[Grown], names: Sequence[str]) -> dict[str, Any]:
     for arm in (BASE, "retrain", "sequential", "last"):
         seen = {size: probes for (who, size), probes in newest.items() if who == arm}
         told: dict[str, Any] = {"probes": {str(size): seen[size] for size in sorted(seen)}}
+        if full in seen:
+            told |= {"old": _mean(seen[full], names[:-1]), "newest": round(seen[full][names[-1]], 2)}
+            told |= {"all": _mean(seen[full], names)}
         if len(seen) == full:
             old = [seen[place][name] - seen[full][name] for place, name in enumerate(names[:-1], start=1)]
-            told |= {"forgotten": round(statistics.mean(old), 2), "old": _mean(seen[full], names[:-1])}
-            told |= {"newest": round(seen[full][names[-1]], 2), "all": _mean(seen[full], names)}
+            told |= {"forgotten": round(statistics.mean(old), 2)}
         if arm == BASE and seen:
             told |= {"all": _mean(seen[0], names), "old": _mean(seen[0], names[:-1])}
         found[arm] = told

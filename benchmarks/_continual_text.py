@@ -83,8 +83,15 @@ def trials(found: dict[str, Any]) -> str:
 
 def cost(found: dict[str, Any], growing: dict[str, Any]) -> str:
     """A line per selection; what an entry costs beside finetuning."""
-    keys = ("entries", "threads", "selected", "seconds", "peak_megabytes", "before_megabytes")
-    told = [table([key.replace("_", " ") for key in keys], [[str(row[key]) for key in keys] for row in found["selections"]])] if found else []  # noqa: E501 # fmt: skip
+    keys = ("entries", "threads", "selected", "seconds", "cpu_seconds", "peak_megabytes", "before_megabytes")
+    told = []
+    if found:
+        heads = [key.replace("_", " ") for key in keys]
+        told.append(table(heads, [[str(row[key]) for key in keys] for row in found["selections"]]))
+        images, took = found["adding"]["images"], found["adding"]["cpu_seconds"]
+        told.append(
+            f"{images} images once: {took['entry']} CPU seconds for an entry, {took['finetuning']} for finetuning"
+        )
     for what, part in growing.items():
         told.append(
             f"{what}: {part['images_seen']:.0f} images, {part['teraflops']:.3f} TFLOPs forward, "
