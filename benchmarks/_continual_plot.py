@@ -53,8 +53,10 @@ def draw(found: dict[str, Any], rows: Sequence[Row], config: dict[str, Any], pat
         whole = everywhere([row for row in rows if row.way == way], sizes)
         for panel, name in zip(line, [None, *sets], strict=True):
             _panel(panel, [row for row in whole if name in (None, row.set)], list(found["ways"][way]["by_size"]))
-            panel.set_title(f"{name or 'mean of the sets'}, {TITLES[way]}", fontsize=10, loc="left")
+            depths = ", ".join(map(str, sorted({row.depth for row in whole})))
+            panel.set_title(f"{name or 'mean of the sets'}, {TITLES[way]}, depth {depths}", fontsize=9, loc="left")
             panel.set_xticks(found["sizes"])
+            panel.set_xlim(found["sizes"][0] - 0.45, found["sizes"][-1] + 0.45)
         line[0].set_ylabel("test accuracy, %")
     for panel in axes[-1]:
         panel.set_xlabel("corpora so far (entries of the pool)")
@@ -64,16 +66,15 @@ def draw(found: dict[str, Any], rows: Sequence[Row], config: dict[str, Any], pat
             handles.setdefault(label, handle)
     figure.legend(
         [handles[arm] for arm in STYLES if arm in handles], [arm for arm in STYLES if arm in handles],
-        loc="upper center", ncol=len(handles), frameon=False, fontsize=9, bbox_to_anchor=(0.5, 0.945),
+        loc="upper center", ncol=len(handles), frameon=False, fontsize=9,
+        bbox_to_anchor=(0.5, 0.965 if len(ways) > 1 else 0.945),
     )  # fmt: skip
-    told = (
-        f"{config['few']} images per class; mean over depths {', '.join(map(str, config['ways'][ways[0]]['depths']))}"
-    )
     figure.suptitle(
-        f"Data that arrives in five corpora: accuracy on other data sets ({told}; bars: range of the seeds)",
+        f"Data that arrives in five corpora: accuracy on other data sets from {config['few']} images per class "
+        "(dots: mean of the seeds and depths; bars: range of the seeds)",
         fontsize=11,
     )
-    figure.tight_layout(rect=(0, 0, 1, 0.91))
+    figure.tight_layout(rect=(0, 0, 1, 0.94 if len(ways) > 1 else 0.91))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

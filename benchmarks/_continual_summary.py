@@ -93,7 +93,7 @@ def comparison(rows: Sequence[Row], config: dict[str, Any]) -> dict[str, Any]:
     arms = [arm for arm in MEANINGS if any(row.arm == arm for row in rows)]
 
     def table(pick: Callable[[Row], Any], only: Sequence[Row]) -> dict[str, Any]:
-        keys = sorted({pick(row) for row in only}, key=str)
+        keys = sorted({pick(row) for row in only})
         return {
             arm: {str(key): spread([accuracy(r) for r in only if r.arm == arm and pick(r) == key]) for key in keys}
             for arm in arms
