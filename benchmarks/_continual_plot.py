@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _continual_arms import Row
+from _continual_arms import ANCHOR, Row
 
 STYLES: dict[str, tuple[str, str, str]] = {  # colour, line, marker
     "pool": ("#0b6e4f", "-", "o"),
@@ -21,7 +21,7 @@ STYLES: dict[str, tuple[str, str, str]] = {  # colour, line, marker
     "logme": ("#b07aa1", "", "X"),
     "oracle": ("#000000", "", "*"),
 }
-SHIFT = 0.05  # between arms, so that dots and bars do not lie on each other
+SHIFT = 0.065  # between arms, so that dots and bars do not lie on each other
 TITLES = {"probe": "linear probe", "tune": "finetuned"}
 
 
@@ -36,7 +36,10 @@ def points(rows: Sequence[Row], arm: str, size: int, accuracy: Any) -> list[floa
 
 
 def draw(found: dict[str, Any], rows: Sequence[Row], config: dict[str, Any], path: Path) -> None:
-    """A row of panels per way: the mean of the sets, then each; a dot is the mean over seeds, a bar their range."""
+    """A row of panels per way: the mean of the sets, then each; a dot is the mean over seeds, a bar their range.
+
+    The anchor, which does not change, has no bars.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -93,8 +96,9 @@ def _panel(panel: Any, rows: Sequence[Row], arms: Sequence[str]) -> None:
         x, y = [size + shift for size in values], [statistics.mean(part) for part in values.values()]
         low = [mean - min(part) for mean, part in zip(y, values.values(), strict=True)]
         high = [max(part) - mean for mean, part in zip(y, values.values(), strict=True)]
+        bars = None if arm == ANCHOR else [low, high]
         panel.errorbar(
-            x, y, yerr=[low, high], color=colour, linestyle=line or "none", marker=marker, markersize=5, lw=1.6,
+            x, y, yerr=bars, color=colour, linestyle=line or "none", marker=marker, markersize=5, lw=1.6,
             elinewidth=0.9, label=arm, zorder=3,
         )  # fmt: skip
     panel.grid(axis="y", color="#e6e6e6", zorder=0)

@@ -35,12 +35,14 @@ def by(part: dict[str, Any], what: str) -> str:
 
 
 def differences(part: dict[str, Any]) -> str:
-    """A line per pair of arms: over all sizes, at each, and at the full size by set and depth."""
-    keys = list(next(iter(next(iter(part.values())).values())))
+    """A line per pair of arms: over all sizes, at each, and at the full size by set and depth, where anything is."""
+    cells = {f"{arm} - {base}": by_part for arm, by_base in part.items() for base, by_part in by_base.items()}
+    keys = [key for key in next(iter(cells.values())) if any(by_part[key] for by_part in cells.values())]
+    # The other way round, and what a selection that may not abstain does to every arm, stand in the JSON.
     lines = [
-        [f"{arm} - {base}", *(gap(cells[key]) for key in keys)]
-        for arm, by_base in part.items()
-        for base, cells in by_base.items()
+        [name, *(gap(by_part[key]) for key in keys)]
+        for name, by_part in cells.items()
+        if not name.startswith("pool-sure") and name != "pool-shares - pool"
     ]
     return table(["difference", *keys], lines)
 
