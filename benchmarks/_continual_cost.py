@@ -97,11 +97,10 @@ def selected(folder: Path, size: int, images: Path) -> dict[str, Any]:
 
 
 def adding(sources: Sources) -> dict[str, Any]:
-    """CPU seconds of an entry of some images (training, and its key) and of finetuning the base on them, one epoch."""
+    """CPU seconds of an entry of some images (training, and its key) and of finetuning the base on them."""
     config = sources.read()
     base, images = open_learngene(stored(sources, BASE, 0)), corpus(sources, list(config["corpora"])[0], "train")
     images = images.subset(range(sources.read()["cost"]["added"]))
-    once = {"batch_size": config["pool"]["batch_size"], "epochs": 1}
     folder, seconds = sources.work / "added-pool", {}
     for turn in ("warm-up", "measured"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -111,18 +110,21 @@ def adding(sources: Sources) -> dict[str, Any]:
         )  # fmt: skip
         part = images.subset(range(32)) if turn == "warm-up" else images
         began = time.process_time()
-        pool = pool.add(part, recipe=recipe(config["pool"] | once, precision=config["precision"], seed=1))
+        pool = pool.add(part, recipe=recipe(config["pool"], precision=config["precision"], seed=1))
         seconds["entry"] = round(time.process_time() - began, 2)
         told = pool.read(part.name).provenance
         began = time.process_time()
         size = {"num_labels": len(images.classes), "image_size": config["image_size"], "seed": 1}
         model = expand(base, depth=12, width=192, **size)
-        for _ in finetune(
-            model, part, recipe=recipe(config["finetuning"] | once, precision=config["precision"], seed=1)
-        ):
+        for _ in finetune(model, part, recipe=recipe(config["finetuning"], precision=config["precision"], seed=1)):
             pass
         seconds["finetuning"] = round(time.process_time() - began, 2)
-    return {"images": len(images), "entry_training_wall_seconds": told["seconds"], "cpu_seconds": seconds}
+    return {
+        "images": len(images),
+        "epochs": config["pool"]["epochs"],
+        "entry_training_wall_seconds": told["seconds"],
+        "cpu_seconds": seconds,
+    }
 
 
 def measured(sources: Sources, repeats: int) -> dict[str, Any]:

@@ -90,10 +90,9 @@ def cost(found: dict[str, Any], growing: dict[str, Any]) -> str:
     if found:
         heads = [key.replace("_", " ") for key in keys]
         told.append(table(heads, [[str(row[key]) for key in keys] for row in found["selections"]]))
-        images, took = found["adding"]["images"], found["adding"]["cpu_seconds"]
-        told.append(
-            f"{images} images once: {took['entry']} CPU seconds for an entry, {took['finetuning']} for finetuning"
-        )
+        adding, took = found["adding"], found["adding"]["cpu_seconds"]
+        what = f"{adding['images']} images, {adding['epochs']} epochs"
+        told.append(f"{what}: {took['entry']} CPU seconds for an entry, {took['finetuning']} for finetuning")
     for what, part in growing.items():
         told.append(
             f"{what}: {part['images_seen']:.0f} images, {part['teraflops']:.3f} TFLOPs forward, "

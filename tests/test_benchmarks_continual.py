@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
 
 import _continual_arms  # noqa: E402
+import _continual_cost  # noqa: E402
 import _continual_data  # noqa: E402
 import _continual_growth  # noqa: E402
 import _continual_selection  # noqa: E402
@@ -384,3 +386,23 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 def test_text_of_nothing_is_short() -> None:
     assert _continual_text.score(None) == _continual_text.gap(None) == "-"
     assert _continual_text.cost({}, {}) == ""
+
+
+def test_the_memory_is_that_of_a_process_itself() -> None:
+    """A fresh process without torch has little, however much the one that starts it has: here 200 MB more than that."""
+    held = torch.ones(50 * 2**20)  # float32, every page written
+    folder = Path(_continual_cost.__file__).parent
+    script = "import ast, sys, resource; from pathlib import Path; "
+    script += f"source = Path({str(folder / '_continual_cost.py')!r}).read_text(); tree = ast.parse(source); "
+    script += "own = [node for node in tree.body if getattr(node, 'name', '') == 'peak_megabytes']; "
+    script += "exec(compile(ast.Module(own, []), 'own', 'exec')); print(peak_megabytes())"
+    told = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert float(held.sum()) > 0 and 1 < float(told) < 100 < _continual_cost.peak_megabytes()
+
+
+def test_the_cost_in_words() -> None:
+    told = {"entries": 5, "threads": 1, "selected": 2, "seconds": 3.5, "cpu_seconds": 2.5, "peak_megabytes": 900.0}
+    adding = {"images": 160, "epochs": 3, "cpu_seconds": {"entry": 2.0, "finetuning": 1.5}}
+    text = _continual_text.cost({"selections": [told | {"before_megabytes": 500.0}], "adding": adding}, {})
+    assert "| 5 | 1 | 2 | 3.5 | 2.5 | 900.0 | 500.0 |" in text
+    assert "160 images, 3 epochs: 2.0 CPU seconds for an entry, 1.5 for finetuning" in text
