@@ -217,7 +217,9 @@ def measure(job: Job, sources: Sources) -> Row:
     model = expand(learngene, depth=job.depth, width=192, **size)
     start, source = weights_digest(model), source_of(job, sources, found)
     twin = twin_of(read_rows(sources.out, Row), job, start, source)
-    accuracies = {} if twin is None else {"probe": twin.probe, "tuned": twin.tuned, "seconds": twin.seconds}
+    accuracies: dict[str, Any] = (
+        {} if twin is None else {"probe": twin.probe, "tuned": twin.tuned, "seconds": twin.seconds}
+    )
     if twin is None:
         head, reads = probe(learngene, job.depth, few, test)
         tuned = float("nan")

@@ -130,9 +130,9 @@ def adding(sources: Sources) -> dict[str, Any]:
 def measured(sources: Sources, repeats: int) -> dict[str, Any]:
     """Selections of each size of pool and number of threads, one after the other."""
     torch.set_num_threads(1)
-    stage, began = sources.read()["cost"], time.perf_counter()
+    stage = sources.read()["cost"]
     pool, rows = large_pool(sources, max(stage["entries"])), []
-    made, images = time.perf_counter() - began, task_file(sources, stage["images"])
+    images = task_file(sources, stage["images"])
     for _ in range(repeats):
         for size, threads in [(size, 1) for size in stage["entries"]] + [(max(stage["entries"]), 2)]:
             command = [sys.executable, __file__, str(pool.folder), str(size), str(threads), str(images)]
@@ -146,7 +146,6 @@ def measured(sources: Sources, repeats: int) -> dict[str, Any]:
         "task_images": stage["images"],
         "selections": rows,
         "entry_megabytes": round(pool.manifest.entries[0].bytes / 1e6, 2),
-        "seconds_of_making_the_pool": round(made, 1),
         "load_average": [round(one, 1) for one in os.getloadavg()],
         "machine": machine("cpu"),
     }

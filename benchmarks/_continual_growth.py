@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from _arms import ANCESTOR, file_digest, machine, open_ancestor
@@ -144,7 +145,7 @@ def make(job: Growth, sources: Sources) -> Grown:
     )  # fmt: skip
 
 
-def _entry(job: Growth, sources: Sources) -> dict[str, float]:
+def _entry(job: Growth, sources: Sources) -> dict[str, Any]:
     """Adds the entry of a corpus to the pool; what the training took."""
     config, folder = sources.read(), sources.work / "pool"
     if job.size == 1:
@@ -169,7 +170,7 @@ def _cleared(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _model(job: Growth, sources: Sources) -> dict[str, float]:
+def _model(job: Growth, sources: Sources) -> dict[str, Any]:
     """Trains a whole ViT and stores it as a learngene; what the training took."""
     config = sources.read()
     stage, images = config["ancestor" if job.arm == BASE else "finetuning"], _data(job, sources)

@@ -391,7 +391,7 @@ def test_text_of_nothing_is_short() -> None:
 def test_the_memory_is_that_of_a_process_itself() -> None:
     """A fresh process without torch has little, however much the one that starts it has: here 200 MB more than that."""
     held = torch.ones(50 * 2**20)  # float32, every page written
-    folder = Path(_continual_cost.__file__).parent
+    folder = continual.ROOT / "benchmarks"
     script = "import ast, sys, resource; from pathlib import Path; "
     script += f"source = Path({str(folder / '_continual_cost.py')!r}).read_text(); tree = ast.parse(source); "
     script += "own = [node for node in tree.body if getattr(node, 'name', '') == 'peak_megabytes']; "
