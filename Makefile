@@ -1,5 +1,6 @@
 # make demo: the main job, from a bare machine to a table and a plot.   make test: the tests.   make check: format, lint, types, layers.
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -8,8 +9,9 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
 
+# Files of tests are dealt out to WORKERS processes of one thread each.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-all: $(READY)
 	$(BIN)/python -m pytest -q -m 'not gpu and not network'

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from learngene_hub.errors import DataError, TrainingError
-from learngene_hub.training import logits_of
+from learngene_hub.training import learning, logits_of
 
 CRITERIA = ("sensitive", "stable")
 
@@ -35,16 +35,18 @@ def sensitivities(
     """
     if not len(labels_B):
         raise DataError("no images given; a sensitivity analysis needs at least one")
-    named = dict(model.named_parameters())
-    own = [[named[name] for name in layer.values() if name in named] for layer in layers]
-    training, flat = model.training, [parameter for layer in own for parameter in layer]
+    training = model.training
     model.eval()
     try:
-        with torch.enable_grad():
-            logits = logits_of(model(pixels_BCSS))
-            if int(labels_B.max()) >= logits.shape[-1]:
-                raise DataError(f"label {int(labels_B.max())} given; the model has {logits.shape[-1]} outputs")
-            gradients = torch.autograd.grad(F.cross_entropy(logits, labels_B), flat)
+        with learning():  # of copies: a model that was made in inference mode has no gradients
+            named = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+            rest = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+            own = [[named[name] for name in layer.values() if name in named] for layer in layers]
+            flat, labels = [parameter for layer in own for parameter in layer], labels_B.clone()
+            logits = logits_of(torch.func.functional_call(model, {**named, **rest}, (pixels_BCSS.clone(),)))
+            if int(labels.max()) >= logits.shape[-1]:
+                raise DataError(f"label {int(labels.max())} given; the model has {logits.shape[-1]} outputs")
+            gradients = torch.autograd.grad(F.cross_entropy(logits, labels), flat)
     finally:
         model.train(training)
     products = iter([(g.detach() * p.detach()).double().abs() for g, p in zip(gradients, flat, strict=True)])
