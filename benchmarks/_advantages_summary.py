@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -70,7 +71,7 @@ class Row(Job):
 def summarise(rows: Sequence[Row], target: float) -> dict[str, Any]:
     """Everything that is said about the rows: per arm the four advantages, each with its values per seed."""
     newest = {row.arm: row.digest for row in rows}
-    rows = list({row.job: row for row in rows if row.digest == newest[row.arm]}.values())
+    rows = without_half_grids(list({row.job: row for row in rows if row.digest == newest[row.arm]}.values()))
     return {
         "target": target,
         "machines": sorted({row.machine for row in rows}),
@@ -82,6 +83,13 @@ def summarise(rows: Sequence[Row], target: float) -> dict[str, Any]:
             if arm != base and arm in newest and base in newest
         },
     }
+
+
+def without_half_grids(rows: Sequence[Row]) -> list[Row]:
+    """The rows, but for those of a task's grid that has fewer cells than there are: their spread would be too small."""
+    cells = {(row.lr, row.decay) for row in rows if row.measure == "grid"}
+    there = Counter((row.arm, row.seed) for row in rows if row.measure == "grid")
+    return [row for row in rows if row.measure != "grid" or there[row.arm, row.seed] == len(cells)]
 
 
 def differences(rows: Sequence[Row], arm: str, base: str, target: float) -> dict[str, Any]:

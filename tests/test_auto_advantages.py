@@ -54,6 +54,12 @@ def test_the_four_measures_by_hand() -> None:
     assert epochs_to([59.9, 60.0], 60.0) == 2 and epochs_to([10.0], 60.0) is None
 
 
+def test_a_grid_that_is_not_whole_does_not_count() -> None:
+    half = [*ROWS, row("grid", "auto", "90.00", lr=0.1, seed=2), row("grid", "scratch", "10.00", lr=0.1)]
+    arms = summarise(half, 60.0)["arms"]
+    assert arms["auto"]["grid_spread"] == [50.0, 20.0] and arms["scratch"]["grid_spread"] == []
+
+
 def test_differences_are_paired_over_tasks() -> None:
     """auto less scratch: 70 - 59 and 80 - 60; 2 epochs against never, which counts as 4, and 1 against 3."""
     found = summarise(ROWS, 60.0)["minus"]["auto - scratch"]
