@@ -40,7 +40,7 @@ def main() -> None:
     pool = args.pool / f"{arm}-{seed}.safetensors"
     if pool.exists():
         learngene = Learngene.load(pool)
-        bundle(learngene, name, description.format(len(learngene.provenance["routes"])))
+        bundle(learngene, name, description.format(len(learngene.provenance["routes"]["rows"])))
 
 
 if __name__ == "__main__":

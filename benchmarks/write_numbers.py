@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import _pages
+import _parts_summary
+import _pool_summary
 from _learned_summary import LEARNED, TUNED, as_card
 
 from learngene_hub import Learngene
@@ -47,8 +49,7 @@ def write_readme() -> None:
 
 def cards() -> dict[str, str]:
     """Name -> card of every bundled learngene."""
-    transfer, learned = read("transfer.json"), read("learned.json")
-    made = {}
+    results, made = measured(), {}
     for name, entry in Registry.load(ROOT / "registry.yaml").entries.items():
         learngene = Learngene.load(ROOT / entry.uri / "learngene.safetensors")
         made[name] = card_text(
@@ -57,9 +58,20 @@ def cards() -> dict[str, str]:
             source=name,
             description=entry.description,
             nbytes=entry.bytes,
-            results=transfer if learned is None or measured_with(transfer, entry.sha256) else as_card(learned),
+            results=next((found for found in results if measured_with(found, entry.sha256)), None),
         )
     return made
+
+
+def measured() -> list[dict[str, Any]]:
+    """The results of each comparison in the form that cards take."""
+    transfer, learned, parts, pool = map(read, ("transfer.json", "learned.json", "parts.json", "pool_small.json"))
+    found = [transfer] if transfer is not None else []
+    found += [as_card(learned)] if learned is not None else []
+    if parts is not None:
+        methods = {part["method"] for part in parts["tables"].values()}
+        found += [_parts_summary.as_card(parts, method) for method in sorted(methods)]
+    return found + ([_pool_summary.as_card(pool)] if pool is not None else [])
 
 
 def read(name: str) -> Any:
