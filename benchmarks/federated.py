@@ -20,7 +20,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,10 @@ def digest_of(config: dict[str, Any], job: Job) -> str:
 
 def current(rows: Sequence[Row], config: dict[str, Any]) -> list[Row]:
     """The newest row of each job of these settings."""
-    known = {job for seed in config["seeds"] for job in jobs(config, seed)}
-    return list({r.job: r for r in rows if r.job in known and r.settings == digest_of(config, r.job)}.values())
+    known = {astuple(job) for seed in config["seeds"] for job in jobs(config, seed)}
+    # Compared by values: as a script this file is another module than the one that the summary imports.
+    found = {astuple(row.job): row for row in rows if row.settings == digest_of(config, row.job)}
+    return [row for job, row in found.items() if job in known]
 
 
 def jobs(config: dict[str, Any], seed: int) -> list[Job]:

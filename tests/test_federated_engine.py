@@ -21,6 +21,7 @@ import pytest
 from fed import grid_of, tiny
 
 from learngene_hub.errors import SettingsError, StoreError
+from learngene_hub.federated._saved import FILE
 from learngene_hub.federated.apps import simulate, write_app
 from learngene_hub.federated.server import conduct
 from learngene_hub.federated.settings import Federation
@@ -111,51 +112,84 @@ def listening(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
+class Deployment:
+    """A SuperLink and SuperNodes on this machine, and the app that they run; logs lie in ``folder``."""
+
+    def __init__(self, folder: Path, processes: list[subprocess.Popen[bytes]], clients: int) -> None:
+        self.folder, self.processes, self.env = folder, processes, environment(folder / "home")
+        link, *ports = (free_port() for _ in range(clients + 1))
+        (folder / "home").mkdir()
+        (folder / "home" / "config.toml").write_text(
+            f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{link}"\ninsecure = true\n'
+        )
+        self.start(
+            "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link),
+            "--disable-runtime-dependency-installation",
+        )  # fmt: skip
+        until(lambda: listening(link), 120, "the SuperLink")
+        self.nodes = [
+            self.start(
+                "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}", "--port", str(port),
+                "--node-config", f"partition-id={number} num-partitions={clients}",
+            )
+            for number, port in enumerate(ports)
+        ]  # fmt: skip
+
+    def start(self, *command: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"log-{len(self.processes)}.txt").open("wb") as log:
+            started = subprocess.Popen(
+                [BIN / command[0], *command[1:]], env=self.env, stdout=log, stderr=log, start_new_session=True
+            )
+        self.processes.append(started)
+        return started
+
+    def run(self, settings: Federation) -> None:
+        write_app(self.folder / "app", settings)
+        ran = subprocess.run(
+            [BIN / "flwr", "run", str(self.folder / "app"), "here"],
+            env=self.env, capture_output=True, text=True, timeout=180,
+        )  # fmt: skip
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+
+    def wait(self, path: Path, seconds: float, what: str) -> None:
+        try:
+            until(path.exists, seconds, what)
+        except AssertionError as error:
+            logs = [file.read_text(errors="replace")[-1500:] for file in sorted(self.folder.glob("log-*.txt"))]
+            raise AssertionError("\n".join([str(error), *logs])) from error
+
+
 @pytest.mark.slow
 def test_a_superlink_and_supernodes_on_loopback_run_the_app_that_is_written(
     tmp_path: Path, processes: list[subprocess.Popen[bytes]]
 ) -> None:
-    link, *ports = (free_port() for _ in range(3))
-    env = environment(tmp_path / "home")
-    settings = tiny(rounds=2, timeout=240.0, out=str(tmp_path / "real"))
-    write_app(tmp_path / "app", settings)
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "config.toml").write_text(
-        f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "127.0.0.1:{link}"\ninsecure = true\n'
-    )
-
-    def start(*command: str) -> None:
-        with (tmp_path / f"log-{len(processes)}.txt").open("wb") as log:
-            processes.append(
-                subprocess.Popen(
-                    [BIN / command[0], *command[1:]], env=env, stdout=log, stderr=log, start_new_session=True
-                )
-            )
-
-    start(
-        "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link),
-        "--disable-runtime-dependency-installation",
-    )  # fmt: skip
-    until(lambda: listening(link), 120, "the SuperLink")
-    for number, port in enumerate(ports):
-        start(
-            "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}", "--port", str(port),
-            "--node-config", f"partition-id={number} num-partitions={len(ports)}",
-        )  # fmt: skip
-    ran = subprocess.run(
-        [BIN / "flwr", "run", str(tmp_path / "app"), "here"], env=env, capture_output=True, text=True, timeout=120
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    logs = lambda: "\n".join(p.read_text(errors="replace")[-1500:] for p in sorted(tmp_path.glob("log-*.txt")))  # noqa: E731
-    try:
-        until(lambda: (tmp_path / "real" / "rounds.jsonl").exists(), 240, "the run")
-    except AssertionError as error:
-        raise AssertionError(f"{error}\n{logs()}") from error
+    there = Deployment(tmp_path, processes, 2)
+    there.run(tiny(rounds=2, timeout=240.0, out=str(tmp_path / "real")))
+    there.wait(tmp_path / "real" / "rounds.jsonl", 240, "the run")
     time.sleep(1)
     mine = tiny(rounds=2, timeout=240.0, out=str(tmp_path / "memory"))
     conduct(grid_of(mine, 2), mine)
     same_learngenes(tmp_path / "real", tmp_path / "memory")
     assert sizes(tmp_path / "real") == sizes(tmp_path / "memory")
+
+
+@pytest.mark.slow
+def test_a_supernode_that_is_killed_in_a_round_is_left_out_and_the_run_goes_on(
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    """The real thing: SIGKILL while the second of three rounds is on its way."""
+    there = Deployment(tmp_path, processes, 3)
+    out = tmp_path / "real"
+    there.run(tiny(rounds=3, epochs=6, timeout=60.0, out=str(out)))
+    there.wait(out / FILE, 240, "the first round")
+    os.killpg(there.nodes[2].pid, signal.SIGKILL)
+    there.wait(out / "rounds.jsonl", 400, "the run")
+    time.sleep(1)
+    rounds = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    assert [told["round"] for told in rounds] == [1, 2, 3]
+    assert rounds[0]["used"] == 3 and rounds[-1]["used"] == 2
+    for path in out.glob("cluster-*/learngene.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in Learngene.load(path).tensors.values())
 
 
 def test_the_written_app_is_one_that_flower_takes(tmp_path: Path) -> None:
