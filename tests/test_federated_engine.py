@@ -192,6 +192,36 @@ def test_a_supernode_that_is_killed_in_a_round_is_left_out_and_the_run_goes_on(
         assert all(tensor.isfinite().all() for tensor in Learngene.load(path).tensors.values())
 
 
+@pytest.mark.slow
+def test_a_command_that_is_killed_goes_on_after_its_last_round_to_the_same_result(
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    """SIGKILL of `learngene federate`, server and clients together; ``client_state`` outlives it."""
+    settings = {"limit": 96, "depth": 4, "width": 32, "heads": 1, "patch": 16, "epochs": 3, "blocks": 1, "alpha": 5.0,
+                "fisher_images": 2, "min_per_class": 4, "vectors": 1, "batch_size": 16}  # fmt: skip
+
+    def command(name: str) -> list[str]:
+        own = {**settings, "client_state": str(tmp_path / f"{name}-clients")}
+        asked = [f"--set={key}={value}" for key, value in own.items()]
+        said = ["federate", "--data", "signdigits", "--clients", "3", "--rounds", "4", "--out", str(tmp_path / name)]
+        return [str(BIN / "learngene"), *said, *asked]
+
+    env = environment(tmp_path / "home")
+    straight = subprocess.run(command("straight"), env=env, capture_output=True, text=True, timeout=300)
+    assert straight.returncode == 0, straight.stderr
+    processes.append(subprocess.Popen(command("killed"), env=env, start_new_session=True))
+    until((tmp_path / "killed" / FILE).exists, 200, "the first round")
+    os.killpg(processes[0].pid, signal.SIGKILL)
+    processes[0].wait(10)
+    assert not (tmp_path / "killed" / "rounds.jsonl").exists()
+    again = subprocess.run(command("killed"), env=env, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    same_learngenes(tmp_path / "straight", tmp_path / "killed")
+    for name in ("straight", "killed"):
+        rounds = [json.loads(line)["round"] for line in (tmp_path / name / "rounds.jsonl").read_text().splitlines()]
+        assert rounds == [1, 2, 3, 4]
+
+
 def test_the_written_app_is_one_that_flower_takes(tmp_path: Path) -> None:
     from flwr.cli.config_utils import load_and_validate
 
