@@ -128,6 +128,12 @@ def _run(out: Output, settings: Any, clients: int, engine: str) -> None:
         "seconds": outcome.seconds,
     }
     out.facts(facts, key="strategy")
+    left = outcome.strategy.left_out if outcome.strategy is not None else []
+    for why in sorted({each.why for each in left}):
+        count = sum(each.why == why for each in left)
+        out.note(f"{count} of {clients} clients left out of the last round: {why}")
+    if outcome.learngenes and not settings.out:
+        out.note("Nothing was written; --out DIR keeps the learngenes")
     if outcome.learngenes and settings.out:
         place = Path(settings.out) / "cluster-0" / "learngene.safetensors"
         out.note(f"Next: learngene finetune {place} --data SOURCE --image-size {settings.image_size} --out DIR")

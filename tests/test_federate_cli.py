@@ -33,6 +33,14 @@ def test_a_run_tells_its_facts_and_leaves_learngenes(tmp_path: Path) -> None:
     assert again[0] == 0 and json.loads(again[1])["accuracy"] == facts["accuracy"]  # finished: nothing is repeated
 
 
+def test_who_was_left_out_is_told_and_that_nothing_was_written() -> None:
+    """At most the lower of two updates is usual; the other client's is left out."""
+    asked = ["--clients", "2", "--rounds", "1", *SMALL, "--set", "clusters=1", "--set", "max_drift=1.0"]
+    code, _, err = call(*asked, "--format", "human")
+    assert code == 0 and "1 of 2 clients left out of the last round: its update has norm" in err, err
+    assert "Nothing was written; --out DIR keeps the learngenes" in err
+
+
 def test_a_flower_app_is_written_and_nothing_run(tmp_path: Path) -> None:
     code, out, err = call("--write-app", str(tmp_path / "app"), "--rounds", "7", "--json")
     assert code == 0 and json.loads(out)["files"] == 5 and not err
