@@ -60,22 +60,38 @@ def test_rounds_run_forwards_and_backwards_in_turn_and_the_first_ones_do_not_cou
 
     ticks = iter(range(1000))
     monkeypatch.setattr(script, "updates", watched)
-    monkeypatch.setattr(script, "clock", lambda _: float(next(ticks)))
-    seconds = script.measure(replace(SHAPE, depth=4), 4, 2, "cpu")
+    seconds = script.measure(replace(SHAPE, depth=4), 4, 2, "cpu", lambda _: float(next(ticks)))
     names = ["plain", "lets", "ldr", "tleg", "sws"]
     assert order == [*reversed(names), *names] * 2
     assert seconds == {name: [1.0, 1.0] for name in names}
 
 
-def test_what_is_told_are_medians_and_their_ratios_to_the_plain_step(
+def test_what_is_told_are_medians_and_the_median_ratios_of_the_rounds(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fixed = {"plain": [2.0, 1.0, 9.0], "lets": [2.1, 2.2, 2.3], "ldr": [1.0, 1.0, 1.0], "tleg": [2.0], "sws": [2.0]}
+    """With one thread by the processor's seconds, with more by the wall's; the slowest of all counts."""
+    alone = {"plain": [2.0, 1.0, 10.0], "lets": [2.2, 1.3, 10.5], "ldr": [2.0, 1.0, 9.0], "tleg": [4.0, 1.0, 10.0]}
+    alone["sws"] = [1.0, 1.0, 10.0]
+    both = {name: [1.0, 1.0, 1.0] for name in alone} | {"sws": [1.0, 1.2, 1.25]}
+    asked: list[tuple[int, str]] = []
+
+    def measure(*args: Any) -> dict[str, list[float]]:
+        asked.append((torch.get_num_threads(), args[-1].__name__))
+        return alone if len(asked) == 1 else both
+
+    threads = torch.get_num_threads()
     monkeypatch.setattr(script, "RESULT", tmp_path / "results" / "aux.json")
-    monkeypatch.setattr(script, "measure", lambda *_: fixed)
+    monkeypatch.setattr(script, "measure", measure)
     monkeypatch.setattr(sys, "argv", ["aux_speed.py"])
-    script.main()
+    try:
+        torch.set_num_threads(2)
+        script.main()
+    finally:
+        torch.set_num_threads(threads)
+    assert asked == [(1, "processor"), (2, "wall")]
     told = json.loads((tmp_path / "results" / "aux.json").read_text())
-    assert told["seconds"] == {"plain": 2.0, "lets": 2.2, "ldr": 1.0, "tleg": 2.0, "sws": 2.0}
-    assert told["ratios"] == {"lets": 1.1, "ldr": 0.5, "tleg": 1.0, "sws": 1.0} and told["ratio"] == 1.1
+    first, second = told["runs"]
+    assert first["seconds"] == {"plain": 2.0, "lets": 2.2, "ldr": 2.0, "tleg": 4.0, "sws": 1.0}
+    assert first["ratios"] == {"lets": 1.1, "ldr": 1.0, "tleg": 1.0, "sws": 1.0} and first["ratio"] == 1.1
+    assert (second["threads"], second["clock"], second["ratio"], told["ratio"]) == (2, "wall", 1.2, 1.2)
     assert (told["shape"], told["image_size"], told["batch"], told["goal"]) == ("12x192", 64, 64, 1.1)

@@ -158,6 +158,32 @@ def test_expand_is_the_papers_formulas() -> None:
         torch.testing.assert_close(state[name], tensor, rtol=1e-12, atol=1e-12, msg=name)
 
 
+def test_groups_that_use_different_rows_are_the_papers_formulas_too() -> None:
+    """One row of the first group, its second; both of the second group, in the other order."""
+    learngene = made(dtype=torch.float64)
+    state = grow(learngene, at(NATIVE, depth=3), layer_map=(1, 6, 4), coefficients=(2, 6, 4))
+    for name, tensor in naive(dict(learngene.tensors), [(0, 1), (1, 3), (1, 2)]).items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_numbers_do_not_depend_on_autocast() -> None:
+    learngene = made()
+    with torch.autocast("cpu", torch.bfloat16):
+        state = grow(learngene, NATIVE)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in grow(learngene, NATIVE).items())
+
+
+def test_a_grown_block_has_memory_of_its_own_and_no_more_of_it() -> None:
+    state = grow(made(), NATIVE)
+    for i in range(0, 8, 2):  # layers i and i + 1 share their tensors
+        for name, tensor in state.items():
+            if name.startswith(f"blocks.{i}."):
+                assert tensor.untyped_storage().nbytes() == tensor.nbytes and tensor.is_contiguous(), name
+                assert tensor is state[name.replace(f"blocks.{i}.", f"blocks.{i + 1}.")]
+    starts = {tensor.data_ptr() for name, tensor in state.items() if name.startswith("blocks.")}
+    assert len(starts) == 4 * 12
+
+
 def test_layers_2k_and_2k_plus_1_are_identical_and_no_others() -> None:
     state = grow(made(), NATIVE)
     layers = [state[f"blocks.{i}.mlp.fc1.weight"] for i in range(8)]
@@ -217,10 +243,11 @@ def test_the_learngenes_own_width_uses_no_row() -> None:
     assert torch.equal(state["fc_norm.weight"], learngene.tensors["tail.norm.weight"])
 
 
-def test_gradients_of_expand_are_those_of_finite_differences() -> None:
+@pytest.mark.parametrize("scheme", ["rand", "preserving"])
+def test_gradients_of_expand_are_those_of_finite_differences(scheme: str) -> None:
     native = at(NATIVE, depth=2, width=4, mlp_ratio=1.0, image_size=2, classes=2)
     small = at(native, width=2)
-    learngene = made(native, small, dtype=torch.float64)
+    learngene = made(native, small, dtype=torch.float64, scheme=scheme)
     names = sorted(learngene.tensors)
 
     def total(*values: Tensor) -> Tensor:

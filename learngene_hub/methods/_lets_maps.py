@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from learngene_hub import transforms
 from learngene_hub.data import seed_of
@@ -22,13 +23,10 @@ from learngene_hub.errors import ShapeError
 from learngene_hub.shape import ViTShape
 
 if TYPE_CHECKING:
-    from learngene_hub.learngene import Learngene
     from learngene_hub.methods.lets import Lets
 
 MODULES = ("norm1", "q", "k", "v", "proj", "norm2", "fc1", "fc2")  # each is mixed by coefficients of its own
 PAIR = 2  # learngene layers that one group mixes, and auxiliary layers that share a row of coefficients
-
-Parts = dict[str, tuple[Tensor, Tensor]]  # module -> weight, bias
 
 
 @dataclass(frozen=True)
@@ -111,29 +109,78 @@ class Groups:
         return tuple((layer // self.size, rows[first]) for layer, first in zip(layers, coefficients, strict=True))
 
 
+class _UnitsOfBlocks(torch.autograd.Function):
+    """[w, w F^T] of each block: w (B, m, s) and F (e, s) -> B tensors (m, s + e).
+
+    Written where it belongs, with gradients taken from where they are: what ``torch.cat`` and ``unbind`` would do, but
+    for three copies of all weights of a ViT at every update.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(w, rows)
+        blocks, made, units = w.shape
+        wide = w.new_empty(blocks, made, units + len(rows))
+        wide[..., :units] = w
+        torch.mm(w.reshape(-1, units), rows.T, out=wide.view(-1, wide.shape[-1])[:, units:])
+        return wide.unbind()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *wide: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        w, rows = ctx.saved_tensors
+        back, to_rows = torch.empty_like(w), torch.zeros_like(rows)
+        for block, narrow, gradient in zip(back, w, wide, strict=True):
+            kept, new = gradient.split([w.shape[-1], len(rows)], dim=-1)
+            torch.addmm(kept, new, rows, out=block)
+            to_rows.addmm_(new.T, narrow)
+        return back, to_rows
+
+
 @dataclass(frozen=True)
 class Axis:
-    """One axis of n units widened by e: ``rows`` F (e, n), None for e = 0; ``share`` (n,) of what is read of a unit."""
+    """An axis of n units widened by e: ``rows`` F, (e, n), or (L, e, n) for L tensors with a map each; None for e = 0.
+    ``share`` (n,), or (L, 1, n), is what is read of a unit."""
 
     rows: Tensor | None
     share: Tensor | None = None
 
+    @classmethod
+    def stack(cls, axes: Sequence[Axis]) -> Axis:
+        """One axis for a stack of tensors; all of them are widened by as much."""
+        rows = [axis.rows for axis in axes if axis.rows is not None]
+        shares = [axis.share for axis in axes if axis.share is not None]
+        return cls(torch.stack(rows) if rows else None, torch.stack(shares)[:, None] if shares else None)
+
     def make(self, w_O: Tensor) -> Tensor:
-        """E(F) w, (n, ...) -> (n + e, ...)."""
+        """E(F) w, (n, ...) -> (n + e, ...), of one tensor."""
         w_O = full(w_O)
         if self.rows is None:
             return w_O
         made = self.rows @ w_O.reshape(len(w_O), -1)
         return torch.cat([w_O, made.reshape(-1, *w_O.shape[1:])])
 
+    def make_each(self, w_LOI: Tensor) -> Tensor:
+        """E(F) w, (L, n, m) -> (L, n + e, m)."""
+        if self.rows is None:
+            return w_LOI
+        return torch.cat([w_LOI, torch.bmm(self.rows.expand(len(w_LOI), -1, -1), w_LOI)], dim=1)
+
     def read(self, w_I: Tensor) -> Tensor:
         """w E(F)^T, (..., n) -> (..., n + e)."""
-        w_I = full(w_I)
-        if self.rows is None:
-            return w_I
-        if self.share is not None:
-            w_I = w_I * self.share.to(w_I)
-        return torch.cat([w_I, w_I @ self.rows.T], dim=-1)
+        return self.units(self.shared(full(w_I)))
+
+    def shared(self, w_I: Tensor) -> Tensor:
+        """Of each unit (..., n) what is read of it."""
+        return w_I if self.rows is None or self.share is None else w_I * self.share.to(w_I)
+
+    def units(self, w: Tensor) -> Tensor:
+        """E(F) along the last axis, (..., n) -> (..., n + e): of what is made, not read."""
+        return w if self.rows is None else torch.cat([w, w @ self.rows.mT], dim=-1)
+
+    def units_of_blocks(self, w: Tensor) -> Sequence[Tensor]:
+        """The same of each of B blocks, (B, m, n) -> B tensors (m, n + e); ``rows`` is (e, n)."""
+        return w.unbind() if self.rows is None else _UnitsOfBlocks.apply(w, self.rows)
 
 
 @dataclass(frozen=True)
@@ -154,11 +201,11 @@ class Growth:
 
     @cached_property
     def stream(self) -> Axis:
-        return self._axis("stream", self.stream_rows)
+        return self.axis("stream", self.stream_rows)
 
     @cached_property
     def classifier(self) -> Axis:
-        return self._axis("head", self.stream_rows)
+        return self.axis("head", self.stream_rows)
 
     def head_rows(self, group: int) -> Tensor:
         """The rows of q, k and v in one group: whole heads."""
@@ -181,7 +228,8 @@ class Growth:
         order = 1 if self.method.norm == "l1" else 2
         return torch.stack([self.maps[name].detach().float().norm(order, dim=1) for name in names]).sum(0).cpu()
 
-    def _axis(self, name: str, index: Tensor) -> Axis:
+    def axis(self, name: str, index: Tensor) -> Axis:
+        """That of the map ``name`` with these of its rows."""
         rows = self.maps.get(name)
         if rows is None or not len(index):
             return Axis(None)
@@ -197,48 +245,6 @@ class Growth:
             return pos_embed
         index = torch.cat([torch.arange(self.small.width), self.small.width + self.stream_rows])
         return pos_embed.index_select(-1, index.to(pos_embed.device))
-
-    def blocks(self, learngene: Learngene, group: int, rows: Sequence[int]) -> list[dict[str, Tensor]]:
-        """Blocks under timm's names, one for each of these rows of coefficients of the group.
-
-        Widening and mixing commute along the stream, whose map all layers share. So the pair is mixed while it is
-        narrow there; the rows part before they are widened, so that the way back stacks narrow gradients too.
-        """
-        weight, bias = (learngene.tensors[f"depth.{kind}"][list(rows)] for kind in ("weight", "bias"))
-        mixed = mix_layers(self._pair(learngene, group), weight, bias)
-        parted = {name: tuple(zip(*parts, strict=True)) for name, parts in mixed.items()}
-        return [self._block({name: each[row] for name, each in parted.items()}) for row in range(len(rows))]
-
-    def _block(self, parts: Parts) -> dict[str, Tensor]:
-        """A block under timm's names, its stream widened."""
-        make, read = self.stream.make, self.stream.read
-        return {
-            "norm1.weight": make(parts["norm1"][0]),
-            "norm1.bias": make(parts["norm1"][1]),
-            "attn.qkv.weight": read(torch.cat([parts[name][0] for name in "qkv"])),
-            "attn.qkv.bias": torch.cat([parts[name][1] for name in "qkv"]),
-            "attn.proj.weight": make(parts["proj"][0]),
-            "attn.proj.bias": make(parts["proj"][1]),
-            "norm2.weight": make(parts["norm2"][0]),
-            "norm2.bias": make(parts["norm2"][1]),
-            "mlp.fc1.weight": read(parts["fc1"][0]),
-            "mlp.fc1.bias": parts["fc1"][1],
-            "mlp.fc2.weight": make(parts["fc2"][0]),
-            "mlp.fc2.bias": make(parts["fc2"][1]),
-        }
-
-    def _pair(self, learngene: Learngene, group: int) -> tuple[Parts, Parts]:
-        """The two learngene layers of one group, their heads and hidden units widened."""
-        heads, hidden = self.head_rows(group), self.hidden_rows(group)
-        first, second = (
-            widen_layer(
-                learngene.group(f"block.{layer}"),
-                (self._axis(f"q.{layer}", heads), self._axis(f"k.{layer}", heads), self._axis(f"v.{layer}", heads)),
-                self._axis(f"hidden.{layer}", hidden),
-            )
-            for layer in layers_of(group)
-        )
-        return first, second
 
 
 def layers_of(group: int) -> tuple[int, int]:
@@ -264,36 +270,14 @@ def choose(method: Lets, axis: str, total: int, count: int, score: Callable[[], 
     return torch.sort(order[:count]).values
 
 
-def widen_layer(block: Mapping[str, Tensor], attention: tuple[Axis, Axis, Axis], hidden: Axis) -> Parts:
-    """One learngene layer with more heads and hidden units, q, k and v apart; its stream is as it was."""
-    parts = {name: (block[f"{name}.weight"], block[f"{name}.bias"]) for name in ("norm1", "norm2")}
-    qkv = zip("qkv", attention, block["attn.qkv.weight"].chunk(3), block["attn.qkv.bias"].chunk(3), strict=True)
-    parts |= {name: (axis.make(weight), axis.make(bias)) for name, axis, weight, bias in qkv}
-    parts["proj"] = (attention[2].read(block["attn.proj.weight"]), block["attn.proj.bias"])
-    parts["fc1"] = (hidden.make(block["mlp.fc1.weight"]), hidden.make(block["mlp.fc1.bias"]))
-    parts["fc2"] = (hidden.read(block["mlp.fc2.weight"]), block["mlp.fc2.bias"])
-    return parts
-
-
-def mix_layers(pair: tuple[Parts, Parts], weight: Tensor, bias: Tensor) -> Parts:
-    """Module -> its weights and biases, (R, ...) each: the pair weighted by R rows of coefficients, ``weight`` and
-    ``bias`` (R, 8, 2)."""
-    return {
-        name: (_mixed(pair, name, 0, full(weight)[:, place]), _mixed(pair, name, 1, full(bias)[:, place]))
-        for place, name in enumerate(MODULES)
-    }
-
-
-def _mixed(pair: tuple[Parts, Parts], name: str, kind: int, coefficients: Tensor) -> Tensor:
-    """(R, ...) of one module: coefficients (R, 2) times its two tensors."""
-    first, second = (full(parts[name][kind]) for parts in pair)
-    both = torch.stack([first.flatten(), second.flatten()])
-    return (coefficients @ both).view(-1, *first.shape)
-
-
 def full(tensor: Tensor) -> Tensor:
     """At least float32: products of stored float16 numbers are not rounded to float16 again."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """Nothing is rounded to a lower precision inside."""
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def narrow(native: ViTShape, depth: int, width: int) -> ViTShape:

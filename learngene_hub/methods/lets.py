@@ -44,7 +44,8 @@ from learngene_hub.errors import ArtefactError, SettingsError, ShapeError
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods import _lesson
 from learngene_hub.methods._distillation import Distillation
-from learngene_hub.methods._lets_maps import Groups, Growth, narrow, tensor_shapes
+from learngene_hub.methods._lets_blocks import grown_blocks
+from learngene_hub.methods._lets_maps import Groups, Growth, narrow, tensor_shapes, without_autocast
 from learngene_hub.methods._whole import assemble, require_choice, require_same
 from learngene_hub.shape import Preprocessing, Reach, ViTShape
 from learngene_hub.teacher import Teacher
@@ -183,7 +184,8 @@ class Lets(Distillation):
     def expand(self, learngene: Learngene, shape: ViTShape) -> dict[str, Tensor | None]:
         """Every parameter of a ViT of ``shape``; None: the head, where it is not inherited.
 
-        Differentiable in the learngene's tensors. Neighbouring layers that share everything share their tensors.
+        Differentiable in the learngene's tensors, and never in a lower precision than float32. Neighbouring layers that
+        share everything share their tensors.
 
         Raises:
             ShapeError: deeper or wider than the auxiliary, narrower than the learngene, fewer layers than pairs, or
@@ -193,13 +195,14 @@ class Lets(Distillation):
         require_same(native, shape, self.name)
         small = narrow(native, _depth(learngene.tensors), learngene.tensors["stem.patch_embed.proj.bias"].shape[0])
         _reach(native, small).check(shape)
+        with without_autocast(learngene.tensors["depth.weight"].device):
+            return self._expanded(learngene, small, shape)
+
+    def _expanded(self, learngene: Learngene, small: ViTShape, shape: ViTShape) -> dict[str, Tensor | None]:
+        native = learngene.shape
         growth = Growth(self, learngene.group("map"), native, small, shape)
         places = self.layers(native, small, shape.depth)
-        blocks: dict[tuple[int, int], dict[str, Tensor]] = {}
-        for group in sorted({group for group, _ in places}):
-            rows = [row for row in dict.fromkeys(row for at, row in places if at == group)]
-            grown = growth.blocks(learngene, group, rows)
-            blocks |= {(group, row): block for row, block in zip(rows, grown, strict=True)}
+        blocks = grown_blocks(growth, learngene, list(dict.fromkeys(places)))
         stem, stream = learngene.group("stem"), growth.stream
         grown = {name: stream.make(stem[name]) for name in ("patch_embed.proj.weight", "patch_embed.proj.bias")}
         grown["pos_embed"] = growth.positions(stem["pos_embed"])
