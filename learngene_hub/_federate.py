@@ -31,7 +31,11 @@ def federate(
     clients: Annotated[int, typer.Option("--clients", help="How many divide the data.")] = 12,
     rounds: Annotated[int | None, typer.Option("--rounds", help="Of training and averaging [10].")] = None,
     strategy: Annotated[
-        str | None, typer.Option("--strategy", help="gene-fl, or a baseline: fedavg, fedprox, fedavg-bytes, local, ...")
+        str | None,
+        typer.Option(
+            "--strategy",
+            help="gene-fl, early, late; or a baseline without learngene: local, fedavg, fedprox, fedavg-bytes.",
+        ),
     ] = None,
     ancestor: Annotated[
         str | None, typer.Option("--ancestor", help="A learngene, or timm's name of a ViT; random where left out.")
@@ -82,12 +86,15 @@ def federate(
 
 
 def _list(out: Output, settings: Any) -> None:
-    """Every setting with its value and meaning."""
+    """Every setting with its value and meaning; of the strategy what each of them is."""
     from dataclasses import fields
 
+    from learngene_hub.federated.settings import STRATEGIES
     from learngene_hub.methods import words
 
     said = words(type(settings))
+    each = " | ".join(f"{name}: {what}" for name, what in STRATEGIES.items())
+    said["strategy"] = f"{said.get('strategy', '')}. {each}"
     rows = [
         {"setting": f.name, "value": getattr(settings, f.name), "type": f.type, "description": said.get(f.name, "")}
         for f in fields(settings)

@@ -53,13 +53,18 @@ def test_the_settings_are_listed_with_what_they_mean() -> None:
     code, out, _ = call("--list-settings", "--json")
     rows = {row["setting"]: row for row in json.loads(out)}
     assert code == 0 and rows["mu"]["value"] == 0.01 and all(row["description"] for row in rows.values())
+    lines = [part.split(": ")[0] for part in rows["strategy"]["description"].split(". ", 1)[1].split(" | ")]
+    assert lines == ["gene-fl", "early", "late", "local", "fedavg", "fedprox", "fedavg-bytes"]
+    told = rows["strategy"]["description"]
+    assert told.count("leaves no learngene") == 4 and told.count("leaves a learngene per cluster") == 3
+    assert "never before its first round" in told
 
 
 @pytest.mark.parametrize(
     ("args", "told"),
     [
         (["--set", "mo=1"], "no setting 'mo'"),
-        (["--set", "rounds=x"], "it is a int"),
+        (["--set", "rounds=x"], "it is an int"),
         (["--strategy", "fedsgd"], "there are gene-fl"),
         (["--clients", "0", *SMALL], "2 or more would work"),
         (["--clients", "1", *SMALL], "min_clients 2"),

@@ -382,8 +382,10 @@ def test_the_run_config_is_the_settings_with_hyphens() -> None:
     assert Federation.from_run_config({"mu": 1}).mu == 1.0
     for wrong, told in (
         ({"mo": 1}, "no setting 'mo'"),
-        ({"rounds": "3"}, "is a int"),
-        ({"paper-mode": 1}, "is a bool"),
+        ({"rounds": "3"}, "it is an int"),
+        ({"paper-mode": 1}, "it is true or false"),
+        ({"min-clinets": 1}, "did you mean min_clients?"),
+        ({"zzz": 1}, "; there are strategy, rounds"),
     ):
         with pytest.raises(SettingsError, match=told):
             Federation.from_run_config(wrong)
