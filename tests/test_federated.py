@@ -17,6 +17,9 @@ from flwr.serverapp.strategy import FedAvg
 
 from learngene_hub import factory
 from learngene_hub.errors import DataError, SettingsError
+from learngene_hub.federated._introduction import Introduction
+from learngene_hub.federated._membership import joined, nearest
+from learngene_hub.federated._saved import Progress
 from learngene_hub.federated.apps import simulate
 from learngene_hub.federated.client import make_client_app, to_record
 from learngene_hub.federated.memory import MemoryGrid
@@ -213,8 +216,8 @@ def test_the_global_gene_is_for_newcomers_that_no_cluster_is_near() -> None:
     tilted = [torch.stack([math.cos(t) * e[k] + math.sin(t) * e[9], e[k + 1]], 1) for k in (0, 2) for t in (0.0, 0.3)]
     bases, member = dict(zip(range(4), tilted, strict=True)), {0: 0, 1: 0, 2: 1, 3: 1}
     strategy.progress = replace(strategy.progress, bases=bases, member=member)
-    assert [strategy.nearest(basis) for basis in tilted] == [0, 0, 1, 1]
-    assert strategy.nearest(e[6:8].T) == -1
+    assert [nearest(strategy.progress, basis, strategy.settings) for basis in tilted] == [0, 0, 1, 1]
+    assert nearest(strategy.progress, e[6:8].T, strategy.settings) == -1
     both = strategy.cluster(-1)
     assert len(both.blocks) == 1 and set(both.gene) <= set(strategy.names(both.blocks))
     (name, value), clusters = next(iter(both.gene.items())), strategy.progress.clusters
@@ -224,6 +227,58 @@ def test_the_global_gene_is_for_newcomers_that_no_cluster_is_near() -> None:
     strategy.progress = replace(strategy.progress, member={**member, 7: -1})
     sent = strategy.message(7, -1, 2)
     assert set(sent.content.array_records["arrays"]) == set(both.gene)
+
+
+def introduced(client: int, basis: torch.Tensor | None, shown: int = 1, xi: float = 0.5) -> Introduction:
+    return Introduction(client=client, images=30, xi=(xi, 1 - xi), basis=basis, shown=shown)
+
+
+def test_a_client_without_a_subspace_joins_the_cluster_of_most_clients() -> None:
+    """Three planes of the same two directions, one of others: the larger cluster is known."""
+    e, settings = torch.eye(8), tiny(clusters=2)
+    bases = {11: e[:2].T, 12: e[4:6].T, 13: e[4:6].T, 14: None, 15: e[4:6].T}
+    told = {node: introduced(node, basis, int(basis is not None)) for node, basis in bases.items()}
+    found = joined(Progress(), told, settings, set(bases))
+    assert found.member == {11: 0, 12: 1, 13: 1, 14: 1, 15: 1} and found.bases.keys() == {11, 12, 13, 15}
+    later = joined(replace(found, clusters=(object(), object())), {16: introduced(16, None, 0)}, settings, {16, *bases})
+    assert later.member[16] == 1
+    assert joined(Progress(), {1: introduced(1, None, 0)}, settings, {1}).member == {1: 0}  # nobody has one
+
+
+def test_a_client_that_comes_again_under_another_node_is_the_same_client() -> None:
+    """As after the server was killed under Flower; another client of the same number is another one."""
+    e, settings = torch.eye(8), tiny(clusters=2)
+    first = joined(
+        Progress(), {1: introduced(0, e[:2].T, xi=0.3), 2: introduced(1, e[4:6].T, xi=0.6)}, settings, {1, 2}
+    )
+    first = replace(first, clusters=(object(), object()))
+    again = joined(first, {8: introduced(1, e[:2].T, xi=0.6), 9: introduced(0, e[:2].T, xi=0.9)}, settings, {8, 9})
+    assert again.member == {1: 0, 8: 1, 9: 0}  # 2 is 8 now and keeps its cluster; 1 has other sensitivities than 9
+    assert again.clients == {1: 0, 8: 1, 9: 0} and again.bases.keys() == again.xi.keys() == {1, 8, 9}
+    there = joined(first, {9: introduced(0, e[4:6].T, xi=0.3)}, settings, {1, 2, 9})
+    assert there.member == {1: 0, 2: 1, 9: 1}  # node 1 is still there
+
+
+def test_clients_of_few_images_take_part_and_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Of seed 22 clients train on 6, 31, 10 and 25 images, of one class at most 3, 7, 3 and 8."""
+    settings = tiny(alpha=0.3, min_per_class=7, seed=22)
+    grid = grid_of(settings, 4)
+    with caplog.at_level("WARNING", "flwr.gene_fl"):
+        outcome = conduct(grid, settings)
+    assert [row["used"] for row in outcome.history] == [4, 4] and outcome.history[-1]["left_out"] == 0
+    first, *others = grid.nodes.values()
+    assert [len(node.answered) for node in grid.nodes.values()] == [3, 3, 3, 3]  # introduced once, two rounds
+    assert not first.answered[0].array_records and first.answered[0].metric_records["metrics"]["num-examples"] == 6
+    ranks = [node.answered[0].array_records["arrays"]["subspace"].shape[1] for node in others]
+    assert ranks == [1, 1, 1]  # vectors 1, of one class or of all images
+    progress = outcome.strategy.progress  # type: ignore[union-attr]
+    assert set(progress.bases) == {1002, 1003, 1004} and set(progress.member) == set(grid.nodes)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "client 0 has 6 images, of no class 7 (min_per_class): it tells no subspace and joins the largest cluster",
+        "client 2 has 10 images, of no class 7 (min_per_class): its subspace is that of all its images, whatever their "
+        "class",
+    ]
 
 
 def test_clients_of_other_depths_inherit_by_expand_and_share_at_their_relative_places() -> None:

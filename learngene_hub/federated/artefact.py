@@ -13,6 +13,7 @@ import torch
 from learngene_hub.card import card_text
 from learngene_hub.errors import StoreError
 from learngene_hub.federated import subspace
+from learngene_hub.federated._membership import bases_by_cluster
 from learngene_hub.federated.models import ancestor_of, preprocessing_of
 from learngene_hub.federated.settings import Federation
 from learngene_hub.federated.strategy import GeneFL
@@ -41,7 +42,7 @@ def learngene_of(strategy: GeneFL, number: int, *, seconds: float = 0.0, lines: 
         for rest, name in entries[i].items()
     }
     tensors[SCORE] = torch.tensor(cluster.xi, dtype=torch.float32)
-    members = strategy.bases_by_cluster().get(number, [])
+    members = bases_by_cluster(strategy.progress).get(number, [])
     if members:
         tensors[BASIS], tensors[SPREAD] = subspace.mean_subspace(members, max(m.shape[1] for m in members))
     own = GeneFl(

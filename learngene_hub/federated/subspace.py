@@ -11,7 +11,8 @@ and makes the singular values cosines) and the mean over all angles (clients hav
 reading.
 
 Privacy: vectors of raw pixels can show near-images of a class with few samples. Features of a frozen public encoder are
-the default, classes of fewer than ``min_per_class`` images do not show, and noise can be added.
+the default, classes of fewer than ``min_per_class`` images do not show, and noise can be added. Of a client without a
+larger class the basis is that of all its images as one class, if they are ``min_per_class``; else there is none.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def class_basis(x_ND: Tensor, labels_N: Tensor, *, vectors: int, min_per_class: 
     large = [group for group in groups if len(group) >= min_per_class] or [x_ND]
     found = [torch.linalg.svd(group.double().T, full_matrices=False)[0][:, :vectors] for group in large]
     return orthonormal(torch.cat(found, dim=1)).float()
+
+
+def large_classes(labels_N: Tensor, min_per_class: int) -> int:
+    """How many classes have ``min_per_class`` images or more."""
+    return int((labels_N.unique(return_counts=True)[1] >= min_per_class).sum())
 
 
 def orthonormal(v_DM: Tensor) -> Tensor:
