@@ -12,6 +12,8 @@ from fed import grid_of, tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from learngene_hub.errors import SettingsError, StoreError, TrainingError
+from learngene_hub.federated._saved import FILE
+from learngene_hub.federated.apps import simulate
 from learngene_hub.federated.memory import NoReply
 from learngene_hub.federated.models import native_shape
 from learngene_hub.federated.server import conduct
@@ -156,6 +158,24 @@ def test_a_killed_server_goes_on_after_its_last_round_to_the_same_result(tmp_pat
         for name, value in one.gene.items():
             np.testing.assert_array_equal(two.gene[name], value, err_msg=name)
     assert conduct(fresh, settings).history == again.history  # finished: nothing more is done
+
+
+def test_private_parts_outlive_a_run_in_its_folder_and_no_longer(tmp_path: Path) -> None:
+    """One round and then another end as two at once; a run that begins anew there does not take the old parts up."""
+    asked = {"blocks": 2, "clusters": 1}
+    at_once = simulate(tiny(**asked, rounds=2, out=str(tmp_path / "one")), 2)
+    simulate(tiny(**asked, rounds=1, out=str(tmp_path / "two")), 2)
+    resumed = simulate(tiny(**asked, rounds=2, out=str(tmp_path / "two")), 2)
+    assert sorted(path.name for path in (tmp_path / "two" / "clients").iterdir()) == ["client-0.npz", "client-1.npz"]
+    (tmp_path / "two" / FILE).unlink()
+    anew = simulate(tiny(**asked, rounds=2, out=str(tmp_path / "two")), 2)
+    for other in (resumed, anew):
+        assert other.history == at_once.history
+        assert other.learngenes[0].tensors.keys() == at_once.learngenes[0].tensors.keys()
+        for name, tensor in at_once.learngenes[0].tensors.items():
+            np.testing.assert_array_equal(other.learngenes[0].tensors[name].numpy(), tensor.numpy(), err_msg=name)
+    simulate(tiny(strategy="fedavg", rounds=1, out=str(tmp_path / "average")), 2)
+    assert not (tmp_path / "average" / "clients").exists()  # whole models: there are no private parts
 
 
 def test_fedavg_goes_on_too(tmp_path: Path) -> None:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from learngene_hub._version import __version__
 from learngene_hub.errors import SettingsError, StoreError, TrainingError
+from learngene_hub.federated._saved import FILE
 from learngene_hub.federated.client import make_client_app
 from learngene_hub.federated.memory import MemoryGrid, as_server
 from learngene_hub.federated.server import Outcome, conduct, make_server_app
-from learngene_hub.federated.settings import Federation
+from learngene_hub.federated.settings import FLOWERS, Federation
+from learngene_hub.federated.site import CLIENT_FILE
 
 client = make_client_app()
 server = make_server_app()
 
 ENGINES = ("process", "flower")
+CLIENTS = "clients"  # folder in `out`: the private parts of clients that are simulated here
 _TEMPLATE = """\
 # A Flower app: `flwr run .` runs it in simulation, `flwr run . NAME` on the SuperLink of that name in Flower's config.
 [build-system]
@@ -59,6 +63,9 @@ def simulate(settings: Federation, clients: int, *, engine: str = "process") -> 
         engine: "process": one after the other in this process; "flower": Flower's simulation runtime on Ray, several at
             a time (through ``run_simulation``, which Flower will replace by ``flwr run``). The numbers are the same.
 
+    With ``out`` the private parts of the clients are kept in ``out/clients``, where ``client_state`` names no other
+    folder; a run that begins anew there begins with new ones.
+
     Raises:
         TrainingError, SettingsError, StoreError, DataError: as ``conduct``.
     """
@@ -66,10 +73,28 @@ def simulate(settings: Federation, clients: int, *, engine: str = "process") -> 
         raise SettingsError(f"engine {engine!r} asked; there are {', '.join(ENGINES)}")
     if clients < settings.min_clients:
         raise SettingsError(f"{clients} clients asked; the run waits for min_clients {settings.min_clients}")
+    settings = _with_client_state(settings)
     if engine == "process":
         as_server()
         return conduct(MemoryGrid.of(make_client_app(settings), clients), settings)
     return _in_flower(settings, clients)
+
+
+def _with_client_state(settings: Federation) -> Federation:
+    """The settings with a folder for the clients' private parts, where a run is kept and clients have any.
+
+    Those of a run of which the server kept nothing are removed: they are of rounds that no longer count.
+    """
+    if not settings.out or settings.client_state or settings.strategy in FLOWERS:
+        return settings
+    folder = Path(settings.out) / CLIENTS
+    if not (Path(settings.out) / FILE).exists():
+        try:
+            for path in folder.glob(CLIENT_FILE.format("*")):
+                path.unlink()
+        except OSError as error:
+            raise StoreError(f"cannot write into {folder}: {error.strerror}; another out folder would work") from error
+    return replace(settings, client_state=str(folder))
 
 
 def _in_flower(settings: Federation, clients: int) -> Outcome:

@@ -104,7 +104,7 @@ class Federation:
     wait: float = 600.0  # seconds to wait for min_clients
     max_drift: float = 10.0  # updates more than so many times the cluster's median are left out
     out: str = ""  # folder of learngenes, traffic and plot; empty: nothing is written
-    client_state: str = ""  # folder for the private part of each client, to outlive a run; empty: Flower's memory alone
+    client_state: str = ""  # folder for clients' private parts, to outlive a run; empty: out/clients if simulated here
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():

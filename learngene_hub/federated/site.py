@@ -27,6 +27,7 @@ from learngene_hub.federated.partition import partition
 from learngene_hub.federated.settings import Federation
 
 AFTER, BEFORE = "private", "private-before"  # records of context.state: the network after a round, and before it
+CLIENT_FILE = "client-{}.npz"  # in `client_state`, by the client's number
 XI = {AFTER: "xi", BEFORE: "xi-before"}
 
 
@@ -137,7 +138,7 @@ class Site:
 
     def _path(self) -> Path | None:
         folder = self.settings.client_state
-        return Path(folder) / f"client-{self.client}.npz" if folder else None
+        return Path(folder) / CLIENT_FILE.format(self.client) if folder else None
 
     def _write(self, context: Context) -> None:
         path, state = self._path(), context.state
