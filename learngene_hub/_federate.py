@@ -135,6 +135,8 @@ def _run(out: Output, settings: Any, clients: int, engine: str) -> None:
         "seconds": outcome.seconds,
     }
     out.facts(facts, key="strategy")
+    if outcome.done_before == len(outcome.history):
+        out.note(f"This run was finished: nothing was trained or written; --rounds above {facts['rounds']} goes on")
     left = outcome.strategy.left_out if outcome.strategy is not None else []
     for why in sorted({each.why for each in left}):
         count = sum(each.why == why for each in left)

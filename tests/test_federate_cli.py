@@ -30,7 +30,9 @@ def test_a_run_tells_its_facts_and_leaves_learngenes(tmp_path: Path) -> None:
     assert facts["rounds"] == 1 and facts["learngenes"] == 2 and facts["up_bytes"] > 0 and facts["start_up_bytes"] > 0
     assert Learngene.load(folder / "cluster-1" / "learngene.safetensors").method == "gene-fl"
     again = call("--clients", "2", "--rounds", "1", "--out", str(folder), *SMALL, "--json")
-    assert again[0] == 0 and json.loads(again[1])["accuracy"] == facts["accuracy"]  # finished: nothing is repeated
+    assert again[0] == 0 and json.loads(again[1]) | {"seconds": 0} == facts | {"seconds": 0}  # nothing is repeated
+    _, _, err = call("--clients", "2", "--rounds", "1", "--out", str(folder), *SMALL)
+    assert "This run was finished: nothing was trained or written; --rounds above 1 goes on" in err
 
 
 def test_who_was_left_out_is_told_and_that_nothing_was_written() -> None:

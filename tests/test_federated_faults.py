@@ -18,6 +18,7 @@ from learngene_hub.federated.memory import NoReply
 from learngene_hub.federated.models import native_shape
 from learngene_hub.federated.server import conduct
 from learngene_hub.federated.strategy import GeneFL
+from learngene_hub.federated.traffic import Sent, read_lines
 
 Fault = Callable[[Message], Message]
 
@@ -176,6 +177,48 @@ def test_private_parts_outlive_a_run_in_its_folder_and_no_longer(tmp_path: Path)
             np.testing.assert_array_equal(other.learngenes[0].tensors[name].numpy(), tensor.numpy(), err_msg=name)
     simulate(tiny(strategy="fedavg", rounds=1, out=str(tmp_path / "average")), 2)
     assert not (tmp_path / "average" / "clients").exists()  # whole models: there are no private parts
+
+
+def test_a_run_in_two_parts_tells_of_both_and_a_finished_one_writes_nothing(tmp_path: Path) -> None:
+    """Traffic, card and artefact of two processes are to the byte those of one."""
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    simulate(tiny(rounds=1, out=str(parts)), 2)
+    with (parts / "traffic.jsonl").open("a") as file:
+        file.write('{"round": 2, "kind": "rou')  # killed while it wrote
+    simulate(tiny(rounds=2, out=str(parts)), 2)
+    straight = simulate(tiny(rounds=2, out=str(whole)), 2)
+    names = ["traffic.jsonl", "rounds.jsonl", "cluster-0/learngene.safetensors", "cluster-0/README.md", "traffic.png"]
+    for name in names:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    told = straight.learngenes[0].provenance["traffic_bytes"]
+    kinds = [(line.round, line.kind) for line in straight.lines]
+    assert kinds == [(1, "start-up")] * 2 + [(1, "round")] * 2 + [(2, "round")] * 2
+    assert told["up"] == sum(line.up for line in straight.lines[2:]) and told["start_up"] > 0
+
+    def state() -> dict[Path, tuple[int, bytes]]:
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in parts.rglob("*") if path.is_file()}
+
+    before = state()
+    again = simulate(tiny(rounds=2, out=str(parts)), 2)
+    assert state() == before and again.done_before == 2 and again.lines == straight.lines
+    (parts / "cluster-0" / "README.md").unlink()
+    simulate(tiny(rounds=2, out=str(parts)), 2)  # something is missing: it is written again
+    assert {path: data for path, (_, data) in state().items()} == {path: data for path, (_, data) in before.items()}
+    (parts / "server.npz").unlink()
+    assert simulate(tiny(rounds=1, out=str(parts)), 2).lines == straight.lines[:4]  # anew: no traffic of the old run
+
+
+def test_a_damaged_traffic_file_is_told_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.jsonl"
+    good = '{"round": 1, "kind": "round", "node": "7", "down": 3, "up": 4, "answered": true}\n'
+    path.write_text(good + good.replace("3", '"3"'))
+    with pytest.raises(StoreError, match="traffic.jsonl, line 2, is no line of traffic"):
+        read_lines(path)
+    path.write_text(good + "{}\n")
+    with pytest.raises(StoreError, match="line 2"):
+        read_lines(path)
+    path.write_text(good)
+    assert read_lines(path) == [Sent(round=1, kind="round", node="7", down=3, up=4, answered=True)]
 
 
 def test_fedavg_goes_on_too(tmp_path: Path) -> None:

@@ -22,15 +22,18 @@ from learngene_hub.learngene import Learngene
 from learngene_hub.methods._gene_fl_layers import group_of, layer_entries
 from learngene_hub.methods.gene_fl import BASIS, SCORE, SPREAD, GeneFl, assemble_learngene
 
+ROUNDS = "rounds.jsonl"
+CLUSTER_FILES = ("learngene.safetensors", "README.md")
 PLACES = ("out", "client_state")  # settings that are folders of one machine, which no file tells another
 SOURCES = ("data", "ancestor", "ancestor_weights")  # settings that may be a path: only its last part is told
 
 
-def learngene_of(strategy: GeneFL, number: int, *, seconds: float = 0.0, lines: Sequence[Sent] = ()) -> Learngene:
+def learngene_of(strategy: GeneFL, number: int, *, lines: Sequence[Sent] = ()) -> Learngene:
     """The learngene of one cluster, as it is after the last finished round: the layers that were averaged last, every
     layer's xi, and the mean subspace of the clients, by which a newcomer may choose.
 
-    A layer that was chosen after the last average, which has no Theta yet, is not in it.
+    A layer that was chosen after the last average, which has no Theta yet, is not in it. Nor is the time that the run
+    took: the same run gives the same bytes.
     """
     settings, native = strategy.settings, strategy.native
     cluster, entries = strategy.progress.clusters[number], layer_entries(native)
@@ -54,7 +57,7 @@ def learngene_of(strategy: GeneFL, number: int, *, seconds: float = 0.0, lines: 
     provenance = {
         "data": {Path(settings.data).name: {"images": cluster.images}},
         "image_size": settings.image_size, "round": strategy.progress.round, "cluster": number,
-        "clusters": len(strategy.progress.clusters), "clients": clients, "seconds": round(seconds, 1),
+        "clusters": len(strategy.progress.clusters), "clients": clients,
         "traffic_bytes": totals(lines), "federation": told(settings),
     }  # fmt: skip
     return assemble_learngene(
@@ -73,7 +76,7 @@ def write_out(
     folder: Path, learngenes: Sequence[Learngene], history: Sequence[Mapping[str, float]], lines: Sequence[Sent]
 ) -> list[Path]:
     """The files of the learngenes, ``folder/cluster-N/learngene.safetensors`` with a card beside each; and
-    ``rounds.jsonl``, ``traffic.png``. ``traffic.jsonl`` grows while the run goes on.
+    ``traffic.png``; and last ``rounds.jsonl``. ``traffic.jsonl`` grows while the run goes on.
 
     Raises:
         StoreError: one cannot be written.
@@ -88,11 +91,16 @@ def write_out(
         )  # fmt: skip
         _write(path.parent / "README.md", card)
         paths.append(path)
-    _write(folder / "rounds.jsonl", "".join(json.dumps(dict(row)) + "\n" for row in history))
     accuracy = {int(row["round"]): row["accuracy"] for row in history if "accuracy" in row}
     if lines and accuracy:
         draw(lines, accuracy, folder / "traffic.png")
+    _write(folder / ROUNDS, rounds_text(history))
     return paths
+
+
+def rounds_text(history: Sequence[Mapping[str, float]]) -> str:
+    """The text of ``rounds.jsonl``."""
+    return "".join(json.dumps(dict(row)) + "\n" for row in history)
 
 
 def _write(path: Path, text: str) -> None:
