@@ -26,6 +26,7 @@ from learngene_hub.federated.memory import MemoryGrid
 from learngene_hub.federated.models import VGG11, count_of, initial_model, native_shape, sent_names, without_norms
 from learngene_hub.federated.server import bytes_of, conduct, rounds_of, welcome
 from learngene_hub.federated.strategy import GeneFL
+from learngene_hub.federated.subspace import principal_angles
 from learngene_hub.federated.traffic import client_meter, totals
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods._gene_fl_layers import layer_params, quarter
@@ -353,6 +354,8 @@ def test_traffic_is_what_passed_by_client_and_round_start_up_included(tmp_path: 
 def test_a_run_leaves_a_learngene_per_cluster_with_its_card(tmp_path: Path) -> None:
     outcome, _ = run(4, out=str(tmp_path / "run"), blocks=2, ancestor="", data="signdigits")
     assert outcome.strategy is not None and len(outcome.learngenes) == 2
+    members = outcome.strategy.progress.member
+    assert sorted(list(members.values()).count(number) for number in (0, 1)) == [1, 3]
     for number, learngene in enumerate(outcome.learngenes):
         folder = tmp_path / "run" / f"cluster-{number}"
         assert Learngene.load(folder / "learngene.safetensors").digest == learngene.digest
@@ -364,8 +367,37 @@ def test_a_run_leaves_a_learngene_per_cluster_with_its_card(tmp_path: Path) -> N
         for name, value in cluster.gene.items():  # at the native depth, the layers at their own places
             assert torch.equal(grown[name], torch.from_numpy(value))
         assert ViTShape.of(factory.expand(learngene, depth=7, num_labels=5)).depth == 7
-        basis = learngene.tensors["subspace.basis"]
-        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-4, rtol=0)
+        own = [basis for node, basis in outcome.strategy.progress.bases.items() if members[node] == number]
+        assert ("subspace.basis" in learngene.tensors) == (len(own) > 1)
+        for client in own if len(own) > 1 else []:
+            basis = learngene.tensors["subspace.basis"]
+            torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-4, rtol=0)
+            assert float(principal_angles(basis, client)[0]) > 1  # degrees: not one direction is a client's own
+
+
+def test_the_card_of_a_cluster_tells_what_the_run_measured(tmp_path: Path) -> None:
+    """Numbers of the clients' own replies and of what passed, each in its row; settings in full."""
+    outcome, grid = run(4, out=str(tmp_path / "run"))
+    strategy = outcome.strategy
+    assert strategy is not None
+    sent = totals(outcome.lines)
+    for number in (0, 1):
+        own = [node for node, cluster in strategy.progress.member.items() if cluster == number]
+        last = [grid.nodes[node].answered[-1].metric_records["metrics"] for node in own]
+        text = (tmp_path / "run" / f"cluster-{number}" / "README.md").read_text()
+        cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.count("|") == 3]
+        rows = {what: number for _, what, number, _ in cells}
+        assert rows["rounds of training and averaging"] == "2" and rows["clients of the run"] == "4"
+        assert rows["clients of this cluster"] == str(len(own))
+        images = rows["images that the last average is of, as the clients tell"]
+        assert int(images) == sum(int(told["num-examples"]) for told in last)  # type: ignore[arg-type]
+        after = rows["accuracy of this cluster's clients after training in the last round, per cent"]
+        assert float(after) == pytest.approx(np.mean([told["accuracy"] for told in last]), abs=0.06)  # type: ignore[arg-type]
+        assert rows["bytes from all clients of the run, in rounds"] == f"{sent['up']:,}"
+        assert rows["bytes to all clients of the run, in rounds"] == f"{sent['down']:,}"
+        assert '\nstrategy: "gene-fl"\n' in text and "\nmax_drift: 10.0\n" in text and "…" not in text
+        assert (f"The layers that {len(own)} clients of one cluster share." in text) == (len(own) > 1)
+        assert ("This cluster has 1 client" in text) == ("The layers of 1 client." in text) == (len(own) == 1)
 
 
 def test_a_run_from_an_ancestor_begins_with_its_weights(tmp_path: Path, pico_learngene: Learngene) -> None:

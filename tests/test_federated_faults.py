@@ -190,7 +190,7 @@ def test_a_run_in_two_parts_tells_of_both_and_a_finished_one_writes_nothing(tmp_
     names = ["traffic.jsonl", "rounds.jsonl", "cluster-0/learngene.safetensors", "cluster-0/README.md", "traffic.png"]
     for name in names:
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
-    told = straight.learngenes[0].provenance["traffic_bytes"]
+    told = straight.learngenes[0].provenance["federation"]["traffic_bytes"]
     kinds = [(line.round, line.kind) for line in straight.lines]
     assert kinds == [(1, "start-up")] * 2 + [(1, "round")] * 2 + [(2, "round")] * 2
     assert told["up"] == sum(line.up for line in straight.lines[2:]) and told["start_up"] > 0

@@ -30,7 +30,10 @@ SOURCES = ("data", "ancestor", "ancestor_weights")  # settings that may be a pat
 
 def learngene_of(strategy: GeneFL, number: int, *, lines: Sequence[Sent] = ()) -> Learngene:
     """The learngene of one cluster, as it is after the last finished round: the layers that were averaged last, every
-    layer's xi, and the mean subspace of the clients, by which a newcomer may choose.
+    layer's xi, and of the clients' subspaces what they share, where there are two and more that share something.
+
+    A file that is published holds no client's own subspace: newcomers of the run are compared with those in
+    ``server.npz``, which stays in the folder of the run.
 
     A layer that was chosen after the last average, which has no Theta yet, is not in it. Nor is the time that the run
     took: the same run gives the same bytes.
@@ -45,25 +48,34 @@ def learngene_of(strategy: GeneFL, number: int, *, lines: Sequence[Sent] = ()) -
         for rest, name in entries[i].items()
     }
     tensors[SCORE] = torch.tensor(cluster.xi, dtype=torch.float32)
-    members = bases_by_cluster(strategy.progress).get(number, [])
-    if members:
-        tensors[BASIS], tensors[SPREAD] = subspace.mean_subspace(members, max(m.shape[1] for m in members))
+    if shared := subspace.shared_subspace(bases_by_cluster(strategy.progress).get(number, [])):
+        tensors[BASIS], tensors[SPREAD] = shared
     own = GeneFl(
         blocks=len(have), criterion=settings.criterion, images=settings.fisher_images, seed=settings.seed
     )  # fmt: skip
     ancestor = ancestor_of(settings.ancestor, settings.ancestor_weights)
     none = {"name": f"none: drawn with seed {settings.seed}", "sha256": "", "license": "", "source": ""}
-    clients = sum(cluster == number for cluster in strategy.progress.member.values())
     provenance = {
-        "data": {Path(settings.data).name: {"images": cluster.images}},
-        "image_size": settings.image_size, "round": strategy.progress.round, "cluster": number,
-        "clusters": len(strategy.progress.clusters), "clients": clients,
-        "traffic_bytes": totals(lines), "federation": told(settings),
+        "data": {Path(settings.data).name: {"images": cluster.images}}, "image_size": settings.image_size,
+        "federation": _facts(strategy, number, have, lines),
     }  # fmt: skip
     return assemble_learngene(
         tensors, native, asdict(own), facts=none if ancestor is None else dict(ancestor.ancestor),
         preprocessing=preprocessing_of(settings), provenance=provenance,
     )  # fmt: skip
+
+
+def _facts(strategy: GeneFL, number: int, layers: Sequence[int], lines: Sequence[Sent]) -> dict[str, Any]:
+    """What is known of a cluster at the end of the run; its card shows it."""
+    progress = strategy.progress
+    cluster, numbers = progress.clusters[number], list(progress.member.values())
+    accuracy = {name: round(value, 2) for name, value in cluster.measured.items() if name.startswith("accuracy")}
+    return {
+        "rounds": progress.round, "cluster": number, "clusters": len(progress.clusters), "layers": list(layers),
+        "clients": numbers.count(number), "run_clients": len(numbers), "images": cluster.images,
+        **{name.replace("-", "_"): value for name, value in accuracy.items()},
+        "traffic_bytes": totals(lines), "settings": told(strategy.settings),
+    }  # fmt: skip
 
 
 def told(settings: Federation) -> dict[str, Any]:
@@ -86,7 +98,7 @@ def write_out(
         path = learngene.save_pretrained(folder / f"cluster-{number}")
         card = card_text(
             learngene, name=f"GENE-FL, cluster {number}", source=path.parent.name,
-            description=f"The layers that {learngene.provenance['clients']} clients of one cluster share.",
+            description=_description(learngene.provenance["federation"]["clients"]),
             nbytes=path.stat().st_size,
         )  # fmt: skip
         _write(path.parent / "README.md", card)
@@ -96,6 +108,10 @@ def write_out(
         draw(lines, accuracy, folder / "traffic.png")
     _write(folder / ROUNDS, rounds_text(history))
     return paths
+
+
+def _description(clients: int) -> str:
+    return f"The layers that {clients} clients of one cluster share." if clients != 1 else "The layers of 1 client."
 
 
 def rounds_text(history: Sequence[Mapping[str, float]]) -> str:

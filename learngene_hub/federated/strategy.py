@@ -250,7 +250,7 @@ class GeneFL(Strategy):
         blocks = self.choose(xi.tolist()) if round < self.settings.freeze_round else cluster.blocks
         kept = set(self.names(blocks))
         return Cluster(
-            blocks=blocks, xi=tuple(xi.tolist()), images=images,
+            blocks=blocks, xi=tuple(xi.tolist()), images=images, measured=means_of(replies),
             gene={name: value for name, value in gene.items() if name in kept},
         )  # fmt: skip
 

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from learngene_hub.errors import DataError
 
+SHARED = 1.5  # members that must have a direction before it is told
+
 
 def class_basis(x_ND: Tensor, labels_N: Tensor, *, vectors: int, min_per_class: int) -> Tensor:
     """An orthonormal basis (D, m), m <= vectors x classes, of the leading directions of each class.
@@ -121,3 +123,16 @@ def mean_subspace(members: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor]
     u, s, _ = torch.linalg.svd(stacked, full_matrices=False)
     kept = min(size, int((s > 1e-6).sum()))
     return u[:, :kept].float().contiguous(), (s[:kept] ** 2).float()
+
+
+def shared_subspace(members: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """``mean_subspace`` of n members without what is one member's own; None where nothing is left, as of one member.
+
+    A direction that one member alone has has eigenvalue 1 / n, and its vector is that member's; kept are those of
+    SHARED / n and more, which another has by half too.
+    """
+    if len(members) < 2:
+        return None
+    basis, spread = mean_subspace(members, max(member.shape[1] for member in members))
+    kept = int((spread >= SHARED / len(members)).sum())
+    return (basis[:, :kept].contiguous(), spread[:kept]) if kept else None
