@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from learngene_hub import errors
 from learngene_hub._command import SeedOption, YesOption, read_settings, require_new
 from learngene_hub._output import Output
 
@@ -117,8 +116,6 @@ def _run(out: Output, settings: Any, clients: int, engine: str) -> None:
     from learngene_hub.federated.apps import simulate
     from learngene_hub.federated.traffic import totals
 
-    if clients < 1:
-        raise errors.SettingsError(f"{clients} clients asked; 2 or more would work")
     if not out.interactive:
         logging.getLogger("flwr").setLevel(logging.ERROR)
     outcome = simulate(settings, clients, engine=engine)

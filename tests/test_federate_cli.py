@@ -68,17 +68,29 @@ def test_the_settings_are_listed_with_what_they_mean() -> None:
         (["--set", "mo=1"], "no setting 'mo'"),
         (["--set", "rounds=x"], "it is an int"),
         (["--strategy", "fedsgd"], "there are gene-fl"),
-        (["--clients", "0", *SMALL], "2 or more would work"),
-        (["--clients", "1", *SMALL], "min_clients 2"),
-        (["--clients", "99", *SMALL], "clients would work"),
+        (["--clients", "0", *SMALL], "0 clients asked; 2 or more would work"),
+        (
+            ["--clients", "1", *SMALL],
+            "1 client asked; a run waits for min_clients 2: 2 or more, or the setting min_clients=1, would work",
+        ),
+        (["--clients", "99", *SMALL], "96 images for 99 clients asked; each needs 8: 12 clients or fewer would work"),
+        (["--clients", "3", *SMALL, "--set", "classes=5"], "classes 5 asked; signdigits has 10: classes=10, or 0"),
+        (
+            ["--clients", "3", *SMALL, "--set", "client_state=README.md/x"],
+            "client_state README.md/x asked; it cannot be",
+        ),
+        (["--clients", "3", *SMALL, "--out", "README.md/x"], "out README.md/x asked; it cannot be written"),
         (["--data", "nowhere/at/all", "--set", "rounds=1"], "nowhere/at/all"),
         (["--ancestor", "no-such-model"], "no-such-model"),
         (["--engine", "ray", *SMALL], "there are process, flower"),
     ],
 )
-def test_bad_input_is_one_line(args: list[str], told: str) -> None:
+def test_bad_input_is_one_line(args: list[str], told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first round, and without advice on the learning rate."""
+    monkeypatch.chdir(Path(__file__).parents[1])
     code, out, err = call(*args)
     assert code == 1 and told in err and not out and len(err.strip().splitlines()) == 1, err
+    assert "round 1" not in err and "learning rate" not in err
 
 
 def test_without_flower_one_line_names_the_extra() -> None:

@@ -447,7 +447,8 @@ def test_clients_can_write_down_what_they_send_and_it_agrees_with_the_server(tmp
         ({"blocks": 9}, "4 layers"),
         ({"depths": "4,x"}, "4,6"),
         ({"depths": "4,0"}, "4,6"),
-        ({"limit": 4}, "clients would work"),
+        ({"limit": 4}, "4 images for 4 clients asked; each needs 8: 32 images or more would work"),
+        ({"limit": 17}, "17 images for 4 clients asked; each needs 8: 2 clients or fewer would work"),
         ({"ancestor_weights": "x.safetensors"}, "without ancestor"),
     ],
 )

@@ -248,6 +248,16 @@ def test_a_saved_run_of_other_settings_or_a_damaged_one_is_refused(tmp_path: Pat
             conduct(grid_of(settings, 2), settings)
 
 
+def test_a_client_that_cannot_keep_its_private_part_says_so_before_it_trains(tmp_path: Path) -> None:
+    """As on a SuperNode, where the server cannot look."""
+    (tmp_path / "file").write_text("")
+    settings = tiny(client_state=str(tmp_path / "file" / "x"))
+    grid = grid_of(settings, 2)
+    with pytest.raises(TrainingError, match="round 1: none of 2 clients.*client_state .*file/x asked; it cannot be"):
+        conduct(grid, settings)
+    assert [len(node.received) for node in grid.nodes.values()] == [1, 1]  # the question for its subspace alone
+
+
 def test_too_few_clients_end_the_wait_with_a_message() -> None:
     settings = tiny(min_clients=3, wait=0.1)
     with pytest.raises(TrainingError, match="2 clients are there.*min_clients 3"):

@@ -200,5 +200,7 @@ def test_partitions_are_disjoint_whole_and_of_their_kind() -> None:
         partition("domain", labels, 2, seed=0, domains=domains)
     with pytest.raises(DataError, match="10 labels"):
         partition("labels", labels, 2, seed=0, labels_per_client=11)
-    with pytest.raises(DataError, match="clients would work"):
+    with pytest.raises(DataError, match="leave one with 1; it needs 2: fewer clients, or more images"):
+        partition("labels", labels[:12], 6, seed=0, labels_per_client=1)
+    with pytest.raises(DataError, match="2 clients or fewer would work"):
         partition("dirichlet", labels[:20], 9, seed=0)

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from learngene_hub._version import __version__
-from learngene_hub.errors import SettingsError, StoreError, TrainingError
+from learngene_hub.errors import LearngeneError, SettingsError, StoreError, TrainingError
 from learngene_hub.federated._saved import FILE
 from learngene_hub.federated.client import make_client_app
 from learngene_hub.federated.memory import MemoryGrid, as_server
 from learngene_hub.federated.server import Outcome, conduct, make_server_app
 from learngene_hub.federated.settings import FLOWERS, Federation
-from learngene_hub.federated.site import CLIENT_FILE
+from learngene_hub.federated.site import CLIENT_FILE, Site, require_writable
 
 client = make_client_app()
 server = make_server_app()
@@ -71,13 +71,34 @@ def simulate(settings: Federation, clients: int, *, engine: str = "process") -> 
     """
     if engine not in ENGINES:
         raise SettingsError(f"engine {engine!r} asked; there are {', '.join(ENGINES)}")
-    if clients < settings.min_clients:
-        raise SettingsError(f"{clients} clients asked; the run waits for min_clients {settings.min_clients}")
+    require_clients(settings, clients)
+    for client in range(clients):  # what each of them would raise in round 1, all at once and at the start
+        Site.of(settings, {"partition-id": client, "num-partitions": clients})
+    if settings.out:
+        require_writable(Path(settings.out), "out")
     settings = _with_client_state(settings)
+    if settings.client_state:
+        require_writable(Path(settings.client_state), "client_state")
     if engine == "process":
         as_server()
         return conduct(MemoryGrid.of(make_client_app(settings), clients), settings)
     return _in_flower(settings, clients)
+
+
+def require_clients(settings: Federation, clients: int) -> None:
+    """Nothing, where so many clients are enough.
+
+    Raises:
+        SettingsError: they are fewer than one, or than the run waits for.
+    """
+    said, least = f"{clients} client{'' if clients == 1 else 's'} asked", max(settings.min_clients, 1)
+    if clients < 1:
+        raise SettingsError(f"{said}; {max(least, 2)} or more would work")
+    if clients < least:
+        raise SettingsError(
+            f"{said}; a run waits for min_clients {least}: {least} or more, or the setting min_clients={clients}, "
+            "would work"
+        )
 
 
 def _with_client_state(settings: Federation) -> Federation:
@@ -101,14 +122,17 @@ def _in_flower(settings: Federation, clients: int) -> Outcome:
     from flwr.simulation import run_simulation
 
     found: list[Outcome] = []
+    failed: list[LearngeneError] = []
     resources = {"num_cpus": 1, "num_gpus": 0.0}
     try:
         run_simulation(
-            make_server_app(settings, found.append), make_client_app(settings), clients,
+            make_server_app(settings, found.append, failed.append), make_client_app(settings), clients,
             backend_config={"client_resources": resources},  # type: ignore[dict-item]
         )  # fmt: skip
-    except SystemExit as error:  # Flower leaves so, after it has logged why
-        raise TrainingError(f"Flower's simulation ended with status {error.code}; its log says why") from error
+    except (SystemExit, RuntimeError) as error:  # Flower leaves so, after it has logged why
+        if failed:
+            raise failed[0] from error
+        raise TrainingError(f"Flower's simulation ended ({type(error).__name__} {error}); its log says why") from error
     if not found:
         raise TrainingError("Flower's simulation ended without a result; its log says why")
     return found[0]

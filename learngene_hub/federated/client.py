@@ -61,7 +61,7 @@ def make_client_app(settings: Federation | None = None, mods: Sequence[Mod] = ()
 
 
 def _site(settings: Federation | None, context: Context) -> Site:
-    return Site.of(settings or Federation.from_run_config(context.run_config), context)
+    return Site.of(settings or Federation.from_run_config(context.run_config), context.node_config)
 
 
 def tell_subspace(site: Site) -> RecordDict:
@@ -72,6 +72,7 @@ def tell_subspace(site: Site) -> RecordDict:
     all there is none, for it could give single images away (our reading; the server knows a cluster for such a client).
     """
     s, preprocessing = site.settings, preprocessing_of(site.settings)
+    site.require_place()  # before anything is trained
     model = initial_model(s, site.shape)
     batch = sample(site.train, s.fisher_images, preprocessing, seed_of("fisher", s.seed, site.client))
     xi = native_xi(sensitivities(model, layer_entries(site.shape), *batch), site)

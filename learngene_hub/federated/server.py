@@ -20,14 +20,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, FedProx
 
-from learngene_hub.errors import StoreError, TrainingError
+from learngene_hub.errors import LearngeneError, StoreError, TrainingError
 from learngene_hub.federated import _saved
 from learngene_hub.federated._saved import Cluster, Progress
 from learngene_hub.federated.artefact import CLUSTER_FILES, ROUNDS, learngene_of, rounds_text, write_out
 from learngene_hub.federated.client import to_record
 from learngene_hub.federated.models import client_shape, count_of, initial_model, native_shape, sent_names
 from learngene_hub.federated.settings import FLOWERS, Federation
-from learngene_hub.federated.site import whole_data
+from learngene_hub.federated.site import require_writable, whole_data
 from learngene_hub.federated.strategy import GeneFL
 from learngene_hub.federated.traffic import Metered, Sent
 from learngene_hub.learngene import Learngene
@@ -48,13 +48,23 @@ class Outcome:
     seconds: float  # of this process
 
 
-def make_server_app(settings: Federation | None = None, done: Callable[[Outcome], None] | None = None) -> ServerApp:
-    """Flower's ServerApp of a federation; ``settings`` None: those of the run_config. ``done`` gets the outcome."""
+def make_server_app(
+    settings: Federation | None = None,
+    done: Callable[[Outcome], None] | None = None,
+    failed: Callable[[LearngeneError], None] | None = None,
+) -> ServerApp:
+    """Flower's ServerApp of a federation; ``settings`` None: those of the run_config. ``done`` gets the outcome, or
+    ``failed`` the error, which Flower makes an exit status of."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        outcome = conduct(grid, settings or Federation.from_run_config(context.run_config))
+        try:
+            outcome = conduct(grid, settings or Federation.from_run_config(context.run_config))
+        except LearngeneError as error:
+            if failed is not None:
+                failed(error)
+            raise
         if done is not None:
             done(outcome)
 
@@ -217,8 +227,8 @@ def welcome(outcome: Outcome, settings: Federation, grid: Grid, nodes: Sequence[
 
 def _make(folder: Path) -> None:
     """The folder of a run; where the server kept nothing in it, without the traffic of a run before."""
+    require_writable(folder, "out")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         if not (folder / _saved.FILE).exists():
             (folder / TRAFFIC).unlink(missing_ok=True)
     except OSError as error:
