@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from learngene_hub import errors
 from learngene_hub._command import SeedOption, YesOption, read_settings, require_new
 from learngene_hub._output import Output
 
+CLIENTS = 12  # where no other number is asked
 FolderOption = Annotated[
     Path | None, typer.Option("--out", help="The folder for learngenes, rounds and traffic; a run there goes on.")
 ]
@@ -27,7 +30,9 @@ def federate(
         ),
     ] = None,
     folder: FolderOption = None,
-    clients: Annotated[int, typer.Option("--clients", help="How many divide the data.")] = 12,
+    clients: Annotated[
+        int | None, typer.Option("--clients", help=f"How many divide the data, in simulation [{CLIENTS}].")
+    ] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", help="Of training and averaging [10].")] = None,
     strategy: Annotated[
         str | None,
@@ -45,8 +50,9 @@ def federate(
     config: Annotated[Path | None, typer.Option("--config", help="A YAML or JSON file of settings.")] = None,
     pairs: SettingOption = None,
     engine: Annotated[
-        str, typer.Option("--engine", help="process: clients one by one in here; flower: Flower's simulation on Ray.")
-    ] = "process",
+        str | None,
+        typer.Option("--engine", help="process: clients one by one in here [the default]; flower: Flower's, on Ray."),
+    ] = None,
     seed: SeedOption = 0,
     write_app: Annotated[
         Path | None, typer.Option("--write-app", metavar="DIR", help="Only write a Flower app, for `flwr run DIR`.")
@@ -79,9 +85,11 @@ def federate(
         _list(out, settings)
         return
     if write_app is not None:
-        _write(out, write_app, settings, yes=yes)
+        if engine is not None:
+            raise errors.SettingsError(f"engine {engine} asked with --write-app; an app runs by flwr run: leave it out")
+        _write(out, write_app, settings, CLIENTS if clients is None else clients, yes=yes)
         return
-    _run(out, settings, clients, engine)
+    _run(out, settings, CLIENTS if clients is None else clients, engine or "process")
 
 
 def _list(out: Output, settings: Any) -> None:
@@ -101,13 +109,16 @@ def _list(out: Output, settings: Any) -> None:
     out.rows(rows, key="setting", columns=["setting", "value", "type", "description"])
 
 
-def _write(out: Output, folder: Path, settings: Any, *, yes: bool) -> None:
+def _write(out: Output, folder: Path, settings: Any, clients: int, *, yes: bool) -> None:
     from learngene_hub.federated.apps import write_app
 
     require_new(out, folder, yes=yes)
-    paths = write_app(folder, settings)
-    out.facts({"path": str(folder), "files": len(paths)}, key="path")
-    out.note(f"Next: flwr run {folder}")
+    paths = write_app(folder, settings, clients)
+    out.facts({"path": str(folder), "files": len(paths), "clients": clients}, key="path")
+    if not settings.out:
+        out.note("The setting out is empty: the app will keep nothing; --out DIR, a folder of the server's, keeps it")
+    place = shlex.quote(str(folder))
+    out.note(f"Next: flwr run {place} --federation-config num-supernodes={clients}; {place}/README.md says more")
 
 
 def _run(out: Output, settings: Any, clients: int, engine: str) -> None:

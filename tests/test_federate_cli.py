@@ -44,11 +44,32 @@ def test_who_was_left_out_is_told_and_that_nothing_was_written() -> None:
 
 
 def test_a_flower_app_is_written_and_nothing_run(tmp_path: Path) -> None:
-    code, out, err = call("--write-app", str(tmp_path / "app"), "--rounds", "7", "--json")
-    assert code == 0 and json.loads(out)["files"] == 5 and not err
-    assert "rounds = 7" in (tmp_path / "app" / "pyproject.toml").read_text()
-    code, _, err = call("--write-app", str(tmp_path / "app"))
+    folder = tmp_path / "app"
+    code, out, err = call("--write-app", str(folder), "--rounds", "7", "--json")
+    assert code == 0 and json.loads(out)["files"] == 5 and json.loads(out)["clients"] == 12 and not err
+    text = (folder / "pyproject.toml").read_text()
+    assert "rounds = 7" in text and "`learngene federate --list-settings` says" in text and "--help" not in text
+    code, _, err = call("--write-app", str(folder))
     assert code == 1 and "there already" in err and len(err.strip().splitlines()) == 1
+
+
+def test_the_app_says_how_it_is_run_with_the_clients_that_were_asked(tmp_path: Path) -> None:
+    from flwr.common.config import parse_config_args
+
+    folder = tmp_path / "app"
+    code, _, err = call("--write-app", str(folder), "--clients", "5", "--strategy", "fedavg")
+    assert code == 0 and f"Next: flwr run {folder} --federation-config num-supernodes=5; " in err
+    assert "The setting out is empty: the app will keep nothing" in err
+    readme = (folder / "README.md").read_text()
+    (asked,) = [line for line in readme.splitlines() if line.startswith("    flwr run")]
+    assert parse_config_args([asked.split("'")[1]]) == {"num-supernodes": 5}
+    assert "Nothing, for `out` is empty" in readme and "flower-supernode --insecure --superlink SERVER:8000" in readme
+    code, _, err = call("--write-app", str(tmp_path / "kept"), "--out", "/srv/federated")
+    assert code == 0 and "out is empty" not in err
+    assert "In `/srv/federated` on the machine of the ServerApp" in (tmp_path / "kept" / "README.md").read_text()
+    for wrong, told in ((["--clients", "1"], "1 client asked"), (["--engine", "flower"], "leave it out")):
+        code, out, err = call("--write-app", str(tmp_path / "no"), *wrong)
+        assert code == 1 and told in err and not out and not (tmp_path / "no").exists()
 
 
 def test_the_settings_are_listed_with_what_they_mean() -> None:

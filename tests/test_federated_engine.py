@@ -144,7 +144,7 @@ class Deployment:
         return started
 
     def run(self, settings: Federation) -> None:
-        write_app(self.folder / "app", settings)
+        write_app(self.folder / "app", settings, 2)
         ran = subprocess.run(
             [BIN / "flwr", "run", str(self.folder / "app"), "here"],
             env=self.env, capture_output=True, text=True, timeout=180,
@@ -225,12 +225,12 @@ def test_the_written_app_is_one_that_flower_takes(tmp_path: Path) -> None:
     from flwr.cli.config_utils import load_and_validate
 
     settings = tiny(data="photos", depths="4,6")
-    write_app(tmp_path, settings)
+    write_app(tmp_path, settings, 3)
     config, warnings = load_and_validate(tmp_path / "pyproject.toml")
     assert Federation.from_run_config(config["tool"]["flwr"]["app"]["config"]) == settings, warnings
     assert tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]["name"] == "gene-fl"
     with pytest.raises(StoreError, match="there already"):
-        write_app(tmp_path, settings)
+        write_app(tmp_path, settings, 3)
 
 
 def test_an_unknown_engine_is_told() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
-from learngene_hub._version import __version__
 from learngene_hub.errors import LearngeneError, SettingsError, StoreError, TrainingError
+from learngene_hub.federated._app_files import app_files
 from learngene_hub.federated._saved import FILE
 from learngene_hub.federated.client import make_client_app
 from learngene_hub.federated.memory import MemoryGrid, as_server
@@ -20,40 +19,6 @@ server = make_server_app()
 
 ENGINES = ("process", "flower")
 CLIENTS = "clients"  # folder in `out`: the private parts of clients that are simulated here
-_TEMPLATE = """\
-# A Flower app: `flwr run .` runs it in simulation, `flwr run . NAME` on the SuperLink of that name in Flower's config.
-[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
-[project]
-name = "gene-fl"
-version = "0.1.0"
-description = "Learngenes condensed, exchanged and inherited across clients that cannot share data"
-license = "Apache-2.0"
-dependencies = ["flwr[simulation]>=1.41", "learngene-hub[federated]>={version}"]
-
-[tool.hatch.build.targets.wheel]
-packages = ["gene_fl"]
-
-[tool.flwr.app]
-publisher = "learngene"
-
-[tool.flwr.app.components]
-serverapp = "gene_fl.server_app:app"
-clientapp = "gene_fl.client_app:app"
-
-# `learngene federate --help` says what these are; `--run-config "rounds=20 mu=0.1"` changes some for one run.
-[tool.flwr.app.config]
-{config}
-"""
-_MODULE = """\
-\"\"\"The {what}.\"\"\"
-
-from learngene_hub.federated.apps import {what} as app
-
-__all__ = ["app"]
-"""
 
 
 def simulate(settings: Federation, clients: int, *, engine: str = "process") -> Outcome:
@@ -138,20 +103,16 @@ def _in_flower(settings: Federation, clients: int) -> Outcome:
     return found[0]
 
 
-def write_app(folder: Path, settings: Federation) -> list[Path]:
-    """The files of a Flower app in ``folder``, with these settings as its run_config.
+def write_app(folder: Path, settings: Federation, clients: int) -> list[Path]:
+    """The files of a Flower app in ``folder``, with these settings as its run_config; its README.md says how it is run,
+    in simulation with so many ``clients``.
 
     Raises:
+        SettingsError: fewer clients than the run waits for.
         StoreError: a file is there already, or cannot be written.
     """
-    config = "\n".join(f"{name} = {_toml(value)}" for name, value in settings.to_run_config().items())
-    text = {
-        "pyproject.toml": _TEMPLATE.format(version=__version__, config=config),
-        "gene_fl/__init__.py": '"""GENE-FL, from learngene_hub."""\n',
-        "gene_fl/server_app.py": _MODULE.format(what="server"),
-        "gene_fl/client_app.py": _MODULE.format(what="client"),
-        "README.md": "# GENE-FL on Flower\n\n`flwr run .` runs it; `pyproject.toml` holds its settings.\n",
-    }
+    require_clients(settings, clients)
+    text = app_files(settings, clients)
     paths = [folder / name for name in text]
     if there := [path for path in paths if path.exists()]:
         raise StoreError(f"{there[0]} is there already; an empty folder would work")
@@ -162,8 +123,3 @@ def write_app(folder: Path, settings: Federation) -> list[Path]:
     except OSError as error:
         raise StoreError(f"cannot write into {folder}: {error.strerror}; another folder would work") from error
     return paths
-
-
-def _toml(value: str | int | float | bool) -> str:
-    """A value as TOML writes it; a string's escapes are JSON's."""
-    return json.dumps(value)
