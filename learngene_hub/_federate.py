@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +15,8 @@ from learngene_hub import errors
 from learngene_hub._command import SeedOption, YesOption, read_settings, require_new
 from learngene_hub._output import Output
 
+LOG_FILE = "flower.log"  # in `out`: what Flower itself says
+NAMED = 8  # clusters that are named beside the first
 CLIENTS = 12  # where no other number is asked
 FolderOption = Annotated[
     Path | None, typer.Option("--out", help="The folder for learngenes, rounds and traffic; a run there goes on.")
@@ -122,14 +127,11 @@ def _write(out: Output, folder: Path, settings: Any, clients: int, *, yes: bool)
 
 
 def _run(out: Output, settings: Any, clients: int, engine: str) -> None:
-    import logging
-
     from learngene_hub.federated.apps import simulate
     from learngene_hub.federated.traffic import totals
 
-    if not out.interactive:
-        logging.getLogger("flwr").setLevel(logging.ERROR)
-    outcome = simulate(settings, clients, engine=engine)
+    with _flowers_log(out, Path(settings.out) / LOG_FILE if settings.out else None):
+        outcome = simulate(settings, clients, engine=engine)
     last = outcome.history[-1] if outcome.history else {}
     facts: dict[str, Any] = {
         "strategy": settings.strategy,
@@ -152,5 +154,49 @@ def _run(out: Output, settings: Any, clients: int, engine: str) -> None:
     if outcome.learngenes and not settings.out:
         out.note("Nothing was written; --out DIR keeps the learngenes")
     if outcome.learngenes and settings.out:
-        place = Path(settings.out) / "cluster-0" / "learngene.safetensors"
-        out.note(f"Next: learngene finetune {place} --data SOURCE --image-size {settings.image_size} --out DIR")
+        out.note(_next(Path(settings.out), len(outcome.learngenes), settings.image_size))
+
+
+def _next(folder: Path, clusters: int, image_size: int) -> str:
+    """What can be done with the learngenes of so many clusters."""
+    place = shlex.quote(str(folder / "cluster-0" / "learngene.safetensors"))
+    said = f"Next: learngene finetune {place} --data SOURCE --image-size {image_size} --out DIR"
+    others = [f"cluster-{number}" for number in range(1, clusters)]
+    more = [f"and {len(others) - NAMED} more"] if len(others) > NAMED else []
+    return f"{said}; likewise {', '.join(others[:NAMED] + more)}" if others else said
+
+
+class _Notes(logging.Handler):
+    """The lines of a run as notes."""
+
+    def __init__(self, out: Output) -> None:
+        super().__init__(logging.INFO)
+        self.out = out
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.out.note(f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")
+
+
+@contextmanager
+def _flowers_log(out: Output, path: Path | None) -> Iterator[None]:
+    """Flower's own lines go to the file ``path``, or nowhere, for they are many and coloured; the run's become notes.
+
+    Both end with the context.
+    """
+    flower, run = logging.getLogger("flwr"), logging.getLogger("flwr.gene_fl")
+    before = flower.handlers, flower.level, run.level
+    kept = logging.FileHandler(path, delay=True, encoding="utf-8") if path else logging.NullHandler()
+    kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    notes = _Notes(out)
+    flower.handlers = [kept]
+    run.addHandler(notes)
+    flower.setLevel(logging.INFO)
+    run.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        run.removeHandler(notes)
+        kept.close()
+        flower.handlers = before[0]
+        flower.setLevel(before[1])
+        run.setLevel(before[2])

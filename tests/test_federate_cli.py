@@ -11,6 +11,7 @@ import pytest
 from fed import TINY
 from typer.testing import CliRunner
 
+from learngene_hub._federate import _next
 from learngene_hub.cli import app
 from learngene_hub.learngene import Learngene
 
@@ -31,7 +32,9 @@ def test_a_run_tells_its_facts_and_leaves_learngenes(tmp_path: Path) -> None:
     assert Learngene.load(folder / "cluster-1" / "learngene.safetensors").method == "gene-fl"
     again = call("--clients", "2", "--rounds", "1", "--out", str(folder), *SMALL, "--json")
     assert again[0] == 0 and json.loads(again[1]) | {"seconds": 0} == facts | {"seconds": 0}  # nothing is repeated
+    assert "Starting GeneFL" in (folder / "flower.log").read_text() and "\x1b" not in err and "INFO" not in err
     _, _, err = call("--clients", "2", "--rounds", "1", "--out", str(folder), *SMALL)
+    assert f"Next: learngene finetune {folder}/cluster-0/learngene.safetensors" in err and "; likewise cluster-1" in err
     assert "This run was finished: nothing was trained or written; --rounds above 1 goes on" in err
 
 
@@ -39,8 +42,30 @@ def test_who_was_left_out_is_told_and_that_nothing_was_written() -> None:
     """At most the lower of two updates is usual; the other client's is left out."""
     asked = ["--clients", "2", "--rounds", "1", *SMALL, "--set", "clusters=1", "--set", "max_drift=1.0"]
     code, _, err = call(*asked, "--format", "human")
-    assert code == 0 and "1 of 2 clients left out of the last round: its update has norm" in err, err
+    assert code == 0 and "round 1 of 1: 1 client, 1 left out, accuracy " in err
+    assert "1 of 2 clients left out of the last round: its update has norm" in err, err
     assert "Nothing was written; --out DIR keeps the learngenes" in err
+
+
+def test_clients_of_few_images_are_told_before_the_first_round() -> None:
+    """Of seed 0 three clients train on 27, 22 and 23 images of ten classes."""
+    asked = ["--clients", "3", "--rounds", "1", *SMALL, "--set", "min_per_class=25", "--set", "alpha=0.5"]
+    code, _, err = call(*asked)
+    assert code == 0, err
+    said = [line.split(" (min_per_class): ") for line in err.splitlines() if line.startswith("warning")]
+    assert [line[0] for line in said] == [
+        f"warning: client {n} has {images} images and no class of 25" for n, images in enumerate((27, 22, 23))
+    ]
+    assert [line[1].split()[:3] for line in said] == [["its", "subspace", "is"], *[["it", "tells", "no"]] * 2]
+    assert err.index("warning: client 2") < err.index("round 1 of 1: 3 clients")
+
+
+def test_next_names_the_clusters_up_to_some() -> None:
+    assert _next(Path("a b"), 1, 32).endswith(
+        "'a b/cluster-0/learngene.safetensors' --data SOURCE --image-size 32 --out DIR"
+    )
+    assert _next(Path("f"), 3, 32).endswith("; likewise cluster-1, cluster-2")
+    assert _next(Path("f"), 12, 32).endswith("cluster-7, cluster-8, and 3 more")
 
 
 def test_a_flower_app_is_written_and_nothing_run(tmp_path: Path) -> None:

@@ -276,9 +276,9 @@ def test_clients_of_few_images_take_part_and_are_told(caplog: pytest.LogCaptureF
     assert set(progress.bases) == {1002, 1003, 1004} and set(progress.member) == set(grid.nodes)
     told = [record.getMessage() for record in caplog.records]
     assert told == [
-        "client 0 has 6 images, of no class 7 (min_per_class): it tells no subspace and joins the largest cluster",
-        "client 2 has 10 images, of no class 7 (min_per_class): its subspace is that of all its images, whatever their "
-        "class",
+        "client 0 has 6 images and no class of 7 (min_per_class): it tells no subspace and joins the largest cluster",
+        "client 2 has 10 images and no class of 7 (min_per_class): its subspace is that of all its images, whatever "
+        "their class",
     ]
 
 

@@ -65,7 +65,7 @@ def small(told: Introduction, settings: Federation) -> str:
     """What is to be said of a client whose classes are all smaller than ``min_per_class``; empty of any other."""
     if settings.clusters == 1 or told.shown != 0:
         return ""
-    least = f"client {told.client} has {told.images} images, of no class {settings.min_per_class} (min_per_class)"
+    least = f"client {told.client} has {told.images} images and no class of {settings.min_per_class} (min_per_class)"
     if told.basis is None:
         return f"{least}: it tells no subspace and joins the largest cluster"
     return f"{least}: its subspace is that of all its images, whatever their class"

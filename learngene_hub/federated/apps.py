@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,12 +89,14 @@ def _in_flower(settings: Federation, clients: int) -> Outcome:
 
     found: list[Outcome] = []
     failed: list[LearngeneError] = []
-    resources = {"num_cpus": 1, "num_gpus": 0.0}
+    backend = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"log_to_driver": False}}
     try:
-        run_simulation(
-            make_server_app(settings, found.append, failed.append), make_client_app(settings), clients,
-            backend_config={"client_resources": resources},  # type: ignore[dict-item]
-        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")  # of GPUs, which none asks for
+            run_simulation(
+                make_server_app(settings, found.append, failed.append), make_client_app(settings), clients,
+                backend_config=backend,  # type: ignore[arg-type]
+            )  # fmt: skip
     except (SystemExit, RuntimeError) as error:  # Flower leaves so, after it has logged why
         if failed:
             raise failed[0] from error

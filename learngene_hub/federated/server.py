@@ -22,6 +22,7 @@ from flwr.serverapp.strategy import FedAvg, FedProx
 
 from learngene_hub.errors import LearngeneError, StoreError, TrainingError
 from learngene_hub.federated import _saved
+from learngene_hub.federated._round import tell_round
 from learngene_hub.federated._saved import Cluster, Progress
 from learngene_hub.federated.artefact import CLUSTER_FILES, ROUNDS, learngene_of, rounds_text, write_out
 from learngene_hub.federated.client import to_record
@@ -148,12 +149,14 @@ def _flowers_run(grid: Metered, settings: Federation, native: Any, folder: Path 
     if saved.clusters:
         first = {name: torch.from_numpy(value) for name, value in saved.clusters[0].gene.items()}
     history: list[dict[str, float]] = [dict(row) for row in saved.history]
+    rounds = rounds_of(settings, native)
 
     def means(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
         found = {}
         for name in ("accuracy", "accuracy-before", "loss"):
             found[name] = float(np.mean([content["metrics"][name] for content in contents]))  # type: ignore[index]
         history.append({"round": saved.round + len(history) - len(saved.history) + 1, "used": len(contents), **found})
+        tell_round(history[-1], rounds)
         return MetricRecord(found)
 
     def keep(round: int, arrays: ArrayRecord) -> None:
@@ -171,7 +174,7 @@ def _flowers_run(grid: Metered, settings: Federation, native: Any, folder: Path 
     }  # fmt: skip
     prox = settings.strategy == "fedprox"
     strategy = FedProx(**common, proximal_mu=settings.mu) if prox else FedAvg(**common)
-    left = rounds_of(settings, native) - saved.round
+    left = rounds - saved.round
     arrays = to_record(first, settings.wire)
     if left > 0:
         config = ConfigRecord({"round-offset": saved.round, "epochs": settings.epochs, "lr": settings.lr})

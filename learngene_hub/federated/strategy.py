@@ -19,7 +19,6 @@ learngene for a newcomer). When S is chosen, its smoothing (a = 0.3) and its fre
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -37,7 +36,17 @@ from learngene_hub.errors import TrainingError
 from learngene_hub.federated import _saved
 from learngene_hub.federated._introduction import Introduction, read_introduction, small
 from learngene_hub.federated._membership import joined
-from learngene_hub.federated._round import LeftOut, Reply, average, means_of, read_reply, weights_of, without_outliers
+from learngene_hub.federated._round import (
+    LOG,
+    LeftOut,
+    Reply,
+    average,
+    means_of,
+    read_reply,
+    tell_round,
+    weights_of,
+    without_outliers,
+)
 from learngene_hub.federated._saved import Cluster, Progress
 from learngene_hub.federated.client import NONE, to_record
 from learngene_hub.federated.models import count_of, initial_model, sent_names
@@ -46,7 +55,6 @@ from learngene_hub.methods._gene_fl_layers import layer_entries
 from learngene_hub.methods._gene_fl_sensitivity import condensed
 
 POLL = 0.5  # seconds between two looks at who is there
-LOG = logging.getLogger("flwr.gene_fl")  # below Flower's own, so that it is seen wherever Flower's log is
 
 
 class GeneFL(Strategy):
@@ -226,6 +234,7 @@ class GeneFL(Strategy):
         )
         if self.folder is not None:
             _saved.save(self.progress, self.settings, self.folder)
+        tell_round(told, self.settings.rounds)
         return self.merged(), MetricRecord({name: value for name, value in told.items() if name != "round"})
 
     def _usable(self, number: int, messages: Sequence[Message]) -> list[Reply]:
