@@ -24,7 +24,7 @@ from learngene_hub.federated.apps import simulate
 from learngene_hub.federated.client import make_client_app, to_record
 from learngene_hub.federated.memory import MemoryGrid
 from learngene_hub.federated.models import VGG11, count_of, initial_model, native_shape, sent_names, without_norms
-from learngene_hub.federated.server import bytes_of, conduct, rounds_of, welcome
+from learngene_hub.federated.server import Outcome, bytes_of, conduct, rounds_of, welcome
 from learngene_hub.federated.strategy import GeneFL
 from learngene_hub.federated.subspace import principal_angles
 from learngene_hub.federated.traffic import client_meter, totals
@@ -351,16 +351,24 @@ def test_traffic_is_what_passed_by_client_and_round_start_up_included(tmp_path: 
     assert totals(outcome.lines)["start_up"] == sum(x["up"] + x["down"] for x in lines[:3])
 
 
-def test_a_run_leaves_a_learngene_per_cluster_with_its_card(tmp_path: Path) -> None:
-    outcome, _ = run(4, out=str(tmp_path / "run"), blocks=2, ancestor="", data="signdigits")
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, MemoryGrid]:
+    """The folder of a run of four clients, its outcome, and the grid it went through."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, *run(4, out=str(folder), blocks=2)
+
+
+def test_a_run_leaves_a_learngene_per_cluster_with_its_card(kept: tuple[Path, Outcome, MemoryGrid]) -> None:
+    run_folder, outcome, _ = kept
     assert outcome.strategy is not None and len(outcome.learngenes) == 2
     members = outcome.strategy.progress.member
     assert sorted(list(members.values()).count(number) for number in (0, 1)) == [1, 3]
     for number, learngene in enumerate(outcome.learngenes):
-        folder = tmp_path / "run" / f"cluster-{number}"
+        folder = run_folder / f"cluster-{number}"
         assert Learngene.load(folder / "learngene.safetensors").digest == learngene.digest
         assert (
-            "gene-fl" in (folder / "README.md").read_text() and str(tmp_path) not in (folder / "README.md").read_text()
+            "gene-fl" in (folder / "README.md").read_text()
+            and str(run_folder) not in (folder / "README.md").read_text()
         )
         cluster = outcome.strategy.progress.clusters[number]
         grown = factory.expand(learngene).state_dict()
@@ -375,16 +383,16 @@ def test_a_run_leaves_a_learngene_per_cluster_with_its_card(tmp_path: Path) -> N
             assert float(principal_angles(basis, client)[0]) > 1  # degrees: not one direction is a client's own
 
 
-def test_the_card_of_a_cluster_tells_what_the_run_measured(tmp_path: Path) -> None:
+def test_the_card_of_a_cluster_tells_what_the_run_measured(kept: tuple[Path, Outcome, MemoryGrid]) -> None:
     """Numbers of the clients' own replies and of what passed, each in its row; settings in full."""
-    outcome, grid = run(4, out=str(tmp_path / "run"))
+    folder, outcome, grid = kept
     strategy = outcome.strategy
     assert strategy is not None
     sent = totals(outcome.lines)
     for number in (0, 1):
         own = [node for node, cluster in strategy.progress.member.items() if cluster == number]
         last = [grid.nodes[node].answered[-1].metric_records["metrics"] for node in own]
-        text = (tmp_path / "run" / f"cluster-{number}" / "README.md").read_text()
+        text = (folder / f"cluster-{number}" / "README.md").read_text()
         cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.count("|") == 3]
         rows = {what: number for _, what, number, _ in cells}
         assert rows["rounds of training and averaging"] == "2" and rows["clients of the run"] == "4"

@@ -12,11 +12,12 @@ from fed import grid_of, tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from learngene_hub.errors import SettingsError, StoreError, TrainingError
+from learngene_hub.federated import artefact
 from learngene_hub.federated._saved import FILE
 from learngene_hub.federated.apps import simulate
 from learngene_hub.federated.memory import NoReply
 from learngene_hub.federated.models import native_shape
-from learngene_hub.federated.server import conduct
+from learngene_hub.federated.server import Outcome, conduct
 from learngene_hub.federated.strategy import GeneFL
 from learngene_hub.federated.traffic import Sent, read_lines
 
@@ -51,6 +52,16 @@ def killed(reply: Message) -> Message:
 
 def crashed(reply: Message) -> Message:
     raise MemoryError("no memory left at the client")
+
+
+def drawn_as_text(lines: object, accuracy: object, path: Path) -> None:
+    path.write_text(repr((list(lines), accuracy)))  # type: ignore[call-overload]
+
+
+@pytest.fixture(autouse=True)
+def _plots_of_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be drawn is written as text: drawing takes longer than a round; test_federated.py tests it."""
+    monkeypatch.setattr(artefact, "draw", drawn_as_text)
 
 
 FAULTS: dict[str, tuple[Fault, str]] = {
@@ -161,32 +172,42 @@ def test_a_killed_server_goes_on_after_its_last_round_to_the_same_result(tmp_pat
     assert conduct(fresh, settings).history == again.history  # finished: nothing more is done
 
 
-def test_private_parts_outlive_a_run_in_its_folder_and_no_longer(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def at_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A folder with a run of two rounds by one process, and its outcome."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artefact, "draw", drawn_as_text)
+        return folder, simulate(tiny(rounds=2, out=str(folder)), 2)
+
+
+def test_private_parts_outlive_a_run_in_its_folder_and_no_longer(tmp_path: Path, at_once: tuple[Path, Outcome]) -> None:
     """One round and then another end as two at once; a run that begins anew there does not take the old parts up."""
-    asked = {"blocks": 2, "clusters": 1}
-    at_once = simulate(tiny(**asked, rounds=2, out=str(tmp_path / "one")), 2)
-    simulate(tiny(**asked, rounds=1, out=str(tmp_path / "two")), 2)
-    resumed = simulate(tiny(**asked, rounds=2, out=str(tmp_path / "two")), 2)
+    simulate(tiny(rounds=1, out=str(tmp_path / "two")), 2)
+    resumed = simulate(tiny(rounds=2, out=str(tmp_path / "two")), 2)
     assert sorted(path.name for path in (tmp_path / "two" / "clients").iterdir()) == ["client-0.npz", "client-1.npz"]
     (tmp_path / "two" / FILE).unlink()
-    anew = simulate(tiny(**asked, rounds=2, out=str(tmp_path / "two")), 2)
+    anew = simulate(tiny(rounds=2, out=str(tmp_path / "two")), 2)
+    _, straight = at_once
     for other in (resumed, anew):
-        assert other.history == at_once.history
-        assert other.learngenes[0].tensors.keys() == at_once.learngenes[0].tensors.keys()
-        for name, tensor in at_once.learngenes[0].tensors.items():
-            np.testing.assert_array_equal(other.learngenes[0].tensors[name].numpy(), tensor.numpy(), err_msg=name)
+        assert other.history == straight.history
+        for one, two in zip(straight.learngenes, other.learngenes, strict=True):
+            assert one.tensors.keys() == two.tensors.keys()
+            for name, tensor in one.tensors.items():
+                np.testing.assert_array_equal(two.tensors[name].numpy(), tensor.numpy(), err_msg=name)
     simulate(tiny(strategy="fedavg", rounds=1, out=str(tmp_path / "average")), 2)
     assert not (tmp_path / "average" / "clients").exists()  # whole models: there are no private parts
 
 
-def test_a_run_in_two_parts_tells_of_both_and_a_finished_one_writes_nothing(tmp_path: Path) -> None:
+def test_a_run_in_two_parts_tells_of_both_and_a_finished_one_writes_nothing(
+    tmp_path: Path, at_once: tuple[Path, Outcome]
+) -> None:
     """Traffic, card and artefact of two processes are to the byte those of one."""
-    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    parts, (whole, straight) = tmp_path / "parts", at_once
     simulate(tiny(rounds=1, out=str(parts)), 2)
     with (parts / "traffic.jsonl").open("a") as file:
         file.write('{"round": 2, "kind": "rou')  # killed while it wrote
     simulate(tiny(rounds=2, out=str(parts)), 2)
-    straight = simulate(tiny(rounds=2, out=str(whole)), 2)
     names = ["traffic.jsonl", "rounds.jsonl", "cluster-0/learngene.safetensors", "cluster-0/README.md", "traffic.png"]
     for name in names:
         assert (parts / name).read_bytes() == (whole / name).read_bytes(), name

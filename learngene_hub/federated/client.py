@@ -81,7 +81,7 @@ def tell_subspace(site: Site) -> RecordDict:
         return content
     content["metrics"]["shown"] = geometry.large_classes(site.train.labels, s.min_per_class)  # type: ignore[index]
     if len(site.train) >= s.min_per_class:
-        encoder = initial_model(s, site.native)
+        encoder = model if site.shape == site.native else initial_model(s, site.native)
         seen = pixels_of(site.train, preprocessing) if s.subspace == "pixels" else features(
             encoder, site.train, preprocessing
         )  # fmt: skip
