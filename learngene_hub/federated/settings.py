@@ -80,7 +80,9 @@ class Federation:
     threshold: float = 45.0  # degrees, of the average linkage, for clusters 0
     subspace: str = "features"  # of a frozen public encoder; pixels: raw, from which near-images may be recovered
     vectors: int = 3  # singular vectors per class
-    min_per_class: int = 20  # images that a class needs to show in the subspace; without one all images are one class
+    min_per_class: int = (  # images that a class needs to show in the subspace; without one all images are one class,
+        20  # and a client with fewer in all tells none and joins the cluster of most clients
+    )
     noise: float = 0.0  # deviation of normal noise on the basis before it is sent, times 1 / sqrt(D)
     distance: str = "mean"  # of the principal angles, degrees; or the smallest
     far: float = (
