@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +15,9 @@ from learngene_hub import errors
 from learngene_hub._command import SeedOption, YesOption, read_settings, require_new
 from learngene_hub._output import Output
 
+LOG_FILE = "flower.log"  # in `out`: what Flower itself says
+NAMED = 8  # clusters that are named beside the first
+CLIENTS = 12  # where no other number is asked
 FolderOption = Annotated[
     Path | None, typer.Option("--out", help="The folder for learngenes, rounds and traffic; a run there goes on.")
 ]
@@ -28,10 +35,16 @@ def federate(
         ),
     ] = None,
     folder: FolderOption = None,
-    clients: Annotated[int, typer.Option("--clients", help="How many divide the data.")] = 12,
+    clients: Annotated[
+        int | None, typer.Option("--clients", help=f"How many divide the data, in simulation [{CLIENTS}].")
+    ] = None,
     rounds: Annotated[int | None, typer.Option("--rounds", help="Of training and averaging [10].")] = None,
     strategy: Annotated[
-        str | None, typer.Option("--strategy", help="gene-fl, or a baseline: fedavg, fedprox, fedavg-bytes, local, ...")
+        str | None,
+        typer.Option(
+            "--strategy",
+            help="gene-fl, early, late; or a baseline without learngene: local, fedavg, fedprox, fedavg-bytes.",
+        ),
     ] = None,
     ancestor: Annotated[
         str | None, typer.Option("--ancestor", help="A learngene, or timm's name of a ViT; random where left out.")
@@ -42,8 +55,9 @@ def federate(
     config: Annotated[Path | None, typer.Option("--config", help="A YAML or JSON file of settings.")] = None,
     pairs: SettingOption = None,
     engine: Annotated[
-        str, typer.Option("--engine", help="process: clients one by one in here; flower: Flower's simulation on Ray.")
-    ] = "process",
+        str | None,
+        typer.Option("--engine", help="process: clients one by one in here [the default]; flower: Flower's, on Ray."),
+    ] = None,
     seed: SeedOption = 0,
     write_app: Annotated[
         Path | None, typer.Option("--write-app", metavar="DIR", help="Only write a Flower app, for `flwr run DIR`.")
@@ -76,18 +90,23 @@ def federate(
         _list(out, settings)
         return
     if write_app is not None:
-        _write(out, write_app, settings, yes=yes)
+        if engine is not None:
+            raise errors.SettingsError(f"engine {engine} asked with --write-app; an app runs by flwr run: leave it out")
+        _write(out, write_app, settings, CLIENTS if clients is None else clients, yes=yes)
         return
-    _run(out, settings, clients, engine)
+    _run(out, settings, CLIENTS if clients is None else clients, engine or "process")
 
 
 def _list(out: Output, settings: Any) -> None:
-    """Every setting with its value and meaning."""
+    """Every setting with its value and meaning; of the strategy what each of them is."""
     from dataclasses import fields
 
+    from learngene_hub.federated.settings import STRATEGIES
     from learngene_hub.methods import words
 
     said = words(type(settings))
+    each = " | ".join(f"{name}: {what}" for name, what in STRATEGIES.items())
+    said["strategy"] = f"{said.get('strategy', '')}. {each}"
     rows = [
         {"setting": f.name, "value": getattr(settings, f.name), "type": f.type, "description": said.get(f.name, "")}
         for f in fields(settings)
@@ -95,26 +114,24 @@ def _list(out: Output, settings: Any) -> None:
     out.rows(rows, key="setting", columns=["setting", "value", "type", "description"])
 
 
-def _write(out: Output, folder: Path, settings: Any, *, yes: bool) -> None:
+def _write(out: Output, folder: Path, settings: Any, clients: int, *, yes: bool) -> None:
     from learngene_hub.federated.apps import write_app
 
     require_new(out, folder, yes=yes)
-    paths = write_app(folder, settings)
-    out.facts({"path": str(folder), "files": len(paths)}, key="path")
-    out.note(f"Next: flwr run {folder}")
+    paths = write_app(folder, settings, clients)
+    out.facts({"path": str(folder), "files": len(paths), "clients": clients}, key="path")
+    if not settings.out:
+        out.note("The setting out is empty: the app will keep nothing; --out DIR, a folder of the server's, keeps it")
+    place = shlex.quote(str(folder))
+    out.note(f"Next: flwr run {place} --federation-config num-supernodes={clients}; {place}/README.md says more")
 
 
 def _run(out: Output, settings: Any, clients: int, engine: str) -> None:
-    import logging
-
     from learngene_hub.federated.apps import simulate
     from learngene_hub.federated.traffic import totals
 
-    if clients < 1:
-        raise errors.SettingsError(f"{clients} clients asked; 2 or more would work")
-    if not out.interactive:
-        logging.getLogger("flwr").setLevel(logging.ERROR)
-    outcome = simulate(settings, clients, engine=engine)
+    with _flowers_log(out, Path(settings.out) / LOG_FILE if settings.out else None):
+        outcome = simulate(settings, clients, engine=engine)
     last = outcome.history[-1] if outcome.history else {}
     facts: dict[str, Any] = {
         "strategy": settings.strategy,
@@ -128,6 +145,8 @@ def _run(out: Output, settings: Any, clients: int, engine: str) -> None:
         "seconds": outcome.seconds,
     }
     out.facts(facts, key="strategy")
+    if outcome.done_before == len(outcome.history):
+        out.note(f"This run was finished: nothing was trained or written; --rounds above {facts['rounds']} goes on")
     left = outcome.strategy.left_out if outcome.strategy is not None else []
     for why in sorted({each.why for each in left}):
         count = sum(each.why == why for each in left)
@@ -135,5 +154,49 @@ def _run(out: Output, settings: Any, clients: int, engine: str) -> None:
     if outcome.learngenes and not settings.out:
         out.note("Nothing was written; --out DIR keeps the learngenes")
     if outcome.learngenes and settings.out:
-        place = Path(settings.out) / "cluster-0" / "learngene.safetensors"
-        out.note(f"Next: learngene finetune {place} --data SOURCE --image-size {settings.image_size} --out DIR")
+        out.note(_next(Path(settings.out), len(outcome.learngenes), settings.image_size))
+
+
+def _next(folder: Path, clusters: int, image_size: int) -> str:
+    """What can be done with the learngenes of so many clusters."""
+    place = shlex.quote(str(folder / "cluster-0" / "learngene.safetensors"))
+    said = f"Next: learngene finetune {place} --data SOURCE --image-size {image_size} --out DIR"
+    others = [f"cluster-{number}" for number in range(1, clusters)]
+    more = [f"and {len(others) - NAMED} more"] if len(others) > NAMED else []
+    return f"{said}; likewise {', '.join(others[:NAMED] + more)}" if others else said
+
+
+class _Notes(logging.Handler):
+    """The lines of a run as notes."""
+
+    def __init__(self, out: Output) -> None:
+        super().__init__(logging.INFO)
+        self.out = out
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.out.note(f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")
+
+
+@contextmanager
+def _flowers_log(out: Output, path: Path | None) -> Iterator[None]:
+    """Flower's own lines go to the file ``path``, or nowhere, for they are many and coloured; the run's become notes.
+
+    Both end with the context.
+    """
+    flower, run = logging.getLogger("flwr"), logging.getLogger("flwr.gene_fl")
+    before = flower.handlers, flower.level, run.level
+    kept = logging.FileHandler(path, delay=True, encoding="utf-8") if path else logging.NullHandler()
+    kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    notes = _Notes(out)
+    flower.handlers = [kept]
+    run.addHandler(notes)
+    flower.setLevel(logging.INFO)
+    run.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        run.removeHandler(notes)
+        kept.close()
+        flower.handlers = before[0]
+        flower.setLevel(before[1])
+        run.setLevel(before[2])

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from learngene_hub import _card_federation
 from learngene_hub._card_descendant import descendant_card as descendant_card
 from learngene_hub._card_facts import (
     amount,
@@ -73,6 +74,8 @@ def card_text(
         SettingsError: results that ``benchmarks/transfer.py`` did not write.
     """
     own, measured = read_results(results, learngene.digest, mapping(learngene.provenance.get("data")))
+    federation = _card_federation.federation_of(learngene.provenance)
+    there = [part for part in (measured, _card_federation.measured_section(federation)) if part]
     sections = [
         _head(learngene, model_index(name, own)),
         f"# {text(name)}",
@@ -84,7 +87,7 @@ def card_text(
         _made(learngene),
         _search(learngene),
         _width(learngene),
-        f"## Measured\n\n{measured or 'Nothing was measured.'}",
+        "\n\n".join(["## Measured", *(there or ["Nothing was measured."])]),
         _limits(learngene),
         _verify(learngene, source, nbytes),
         _licence(learngene),
@@ -139,7 +142,7 @@ def _classifier(learngene: Learngene) -> str:
 
 
 def _made(learngene: Learngene) -> str:
-    facts = learngene.provenance
+    facts, federation = learngene.provenance, _card_federation.federation_of(learngene.provenance)
     lines = [f"- **Method:** {method_line(learngene.method)}", f"- **Ancestor:** {_ancestor(learngene)}"]
     if (size := amount(facts.get("image_size"), "")) is not None:
         lines.append(f"- **Images:** {size} px.")
@@ -152,12 +155,13 @@ def _made(learngene: Learngene) -> str:
     others = [
         f"- **{text(name.replace('_', ' '), 60)}:** {code(value)}"
         for name, value in sorted(mapping(facts, 40).items())
-        if name not in TOLD
+        if name not in TOLD and not (name == "federation" and federation)
     ]
-    parts = ["## How it was made", "\n".join([*lines, *others]), _data(facts)]
+    parts = ["## How it was made", "\n".join([*lines, *_card_federation.made_lines(federation), *others]), _data(facts)]
     if learngene.settings:
         block = settings_block(learngene.settings)
         parts.append(f"<details><summary>All settings</summary>\n\n{block}\n\n</details>")
+    parts.append(_card_federation.settings_section(federation))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -254,6 +258,7 @@ def _limits(learngene: Learngene) -> str:
         "segmentation and the like were not tried.",
         "- A data set that overlaps what the ancestor was trained on is not held out, wherever it stands on this page.",
         "- What the ancestor and the data got wrong, a descendant may inherit: test it on data of your own.",
+        *_card_federation.limit_lines(learngene.provenance),
     ]
     if size is not None and size != str(native):
         said.append(

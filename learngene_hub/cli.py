@@ -279,7 +279,7 @@ app.command()(verb(_exchange.pull))
 app.command()(verb(_shelf.verify))
 app.add_typer(_registry_commands.app)
 _pool_commands.mount(app)
-app.command()(verb(_federate.federate))
+app.command()(verb(_federate.federate, {errors.TrainingError: "learngene federate --list-settings"}))
 app.command("hf-extension")(verb(hf_extension))
 
 

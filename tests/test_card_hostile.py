@@ -72,7 +72,7 @@ JSON = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(WORDS, inner, max_size=4)),
     max_leaves=12,
 )
-KNOWN = sorted({*FACTS, "wall_seconds", "width", "license_link", "log", "free"})
+KNOWN = sorted({*FACTS, "federation", "wall_seconds", "width", "license_link", "log", "free"})
 MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
 SAID_OF_LEARNGENE = {
     *("license", "license_name", "license_link", "library_name", "pipeline_tag", "base_model", "base_model_relation"),
@@ -130,6 +130,7 @@ def placed(place: str, word: str) -> str:
         "data": {"data": {f"a{word}": {"images": 3}, "b": {"images": 4}}, "terms": {f"a{word}": "free"}},
         "terms": {"terms": {"signs": word}},
         "paths": {"paths": {word or "-": word}},
+        "federation": {"federation": {"rounds": 3, "cluster": word, "layers": [word], "settings": {f"a{word}": word}}},
         "free key": {f"a{word}": 3},
         "free value": {"free": word},
     }.get(place, {place: word})
@@ -138,7 +139,7 @@ def placed(place: str, word: str) -> str:
 
 PLACES = [
     *("name", "description", "license", "ancestor.name", "ancestor.source", "ancestor.license", "setting", "results"),
-    *("data", "terms", "paths", "free key", "free value", "machine", "command", "descendant"),
+    *("data", "terms", "paths", "federation", "free key", "free value", "machine", "command", "descendant"),
 ]
 
 

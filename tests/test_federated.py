@@ -17,12 +17,16 @@ from flwr.serverapp.strategy import FedAvg
 
 from learngene_hub import factory
 from learngene_hub.errors import DataError, SettingsError
+from learngene_hub.federated._introduction import Introduction
+from learngene_hub.federated._membership import joined, nearest
+from learngene_hub.federated._saved import Progress
 from learngene_hub.federated.apps import simulate
 from learngene_hub.federated.client import make_client_app, to_record
 from learngene_hub.federated.memory import MemoryGrid
 from learngene_hub.federated.models import VGG11, count_of, initial_model, native_shape, sent_names, without_norms
-from learngene_hub.federated.server import bytes_of, conduct, rounds_of, welcome
+from learngene_hub.federated.server import Outcome, bytes_of, conduct, rounds_of, welcome
 from learngene_hub.federated.strategy import GeneFL
+from learngene_hub.federated.subspace import principal_angles
 from learngene_hub.federated.traffic import client_meter, totals
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods._gene_fl_layers import layer_params, quarter
@@ -213,8 +217,8 @@ def test_the_global_gene_is_for_newcomers_that_no_cluster_is_near() -> None:
     tilted = [torch.stack([math.cos(t) * e[k] + math.sin(t) * e[9], e[k + 1]], 1) for k in (0, 2) for t in (0.0, 0.3)]
     bases, member = dict(zip(range(4), tilted, strict=True)), {0: 0, 1: 0, 2: 1, 3: 1}
     strategy.progress = replace(strategy.progress, bases=bases, member=member)
-    assert [strategy.nearest(basis) for basis in tilted] == [0, 0, 1, 1]
-    assert strategy.nearest(e[6:8].T) == -1
+    assert [nearest(strategy.progress, basis, strategy.settings) for basis in tilted] == [0, 0, 1, 1]
+    assert nearest(strategy.progress, e[6:8].T, strategy.settings) == -1
     both = strategy.cluster(-1)
     assert len(both.blocks) == 1 and set(both.gene) <= set(strategy.names(both.blocks))
     (name, value), clusters = next(iter(both.gene.items())), strategy.progress.clusters
@@ -224,6 +228,58 @@ def test_the_global_gene_is_for_newcomers_that_no_cluster_is_near() -> None:
     strategy.progress = replace(strategy.progress, member={**member, 7: -1})
     sent = strategy.message(7, -1, 2)
     assert set(sent.content.array_records["arrays"]) == set(both.gene)
+
+
+def introduced(client: int, basis: torch.Tensor | None, shown: int = 1, xi: float = 0.5) -> Introduction:
+    return Introduction(client=client, images=30, xi=(xi, 1 - xi), basis=basis, shown=shown)
+
+
+def test_a_client_without_a_subspace_joins_the_cluster_of_most_clients() -> None:
+    """Three planes of the same two directions, one of others: the larger cluster is known."""
+    e, settings = torch.eye(8), tiny(clusters=2)
+    bases = {11: e[:2].T, 12: e[4:6].T, 13: e[4:6].T, 14: None, 15: e[4:6].T}
+    told = {node: introduced(node, basis, int(basis is not None)) for node, basis in bases.items()}
+    found = joined(Progress(), told, settings, set(bases))
+    assert found.member == {11: 0, 12: 1, 13: 1, 14: 1, 15: 1} and found.bases.keys() == {11, 12, 13, 15}
+    later = joined(replace(found, clusters=(object(), object())), {16: introduced(16, None, 0)}, settings, {16, *bases})
+    assert later.member[16] == 1
+    assert joined(Progress(), {1: introduced(1, None, 0)}, settings, {1}).member == {1: 0}  # nobody has one
+
+
+def test_a_client_that_comes_again_under_another_node_is_the_same_client() -> None:
+    """As after the server was killed under Flower; another client of the same number is another one."""
+    e, settings = torch.eye(8), tiny(clusters=2)
+    first = joined(
+        Progress(), {1: introduced(0, e[:2].T, xi=0.3), 2: introduced(1, e[4:6].T, xi=0.6)}, settings, {1, 2}
+    )
+    first = replace(first, clusters=(object(), object()))
+    again = joined(first, {8: introduced(1, e[:2].T, xi=0.6), 9: introduced(0, e[:2].T, xi=0.9)}, settings, {8, 9})
+    assert again.member == {1: 0, 8: 1, 9: 0}  # 2 is 8 now and keeps its cluster; 1 has other sensitivities than 9
+    assert again.clients == {1: 0, 8: 1, 9: 0} and again.bases.keys() == again.xi.keys() == {1, 8, 9}
+    there = joined(first, {9: introduced(0, e[4:6].T, xi=0.3)}, settings, {1, 2, 9})
+    assert there.member == {1: 0, 2: 1, 9: 1}  # node 1 is still there
+
+
+def test_clients_of_few_images_take_part_and_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Of seed 22 clients train on 6, 31, 10 and 25 images, of one class at most 3, 7, 3 and 8."""
+    settings = tiny(alpha=0.3, min_per_class=7, seed=22)
+    grid = grid_of(settings, 4)
+    with caplog.at_level("WARNING", "flwr.gene_fl"):
+        outcome = conduct(grid, settings)
+    assert [row["used"] for row in outcome.history] == [4, 4] and outcome.history[-1]["left_out"] == 0
+    first, *others = grid.nodes.values()
+    assert [len(node.answered) for node in grid.nodes.values()] == [3, 3, 3, 3]  # introduced once, two rounds
+    assert not first.answered[0].array_records and first.answered[0].metric_records["metrics"]["num-examples"] == 6
+    ranks = [node.answered[0].array_records["arrays"]["subspace"].shape[1] for node in others]
+    assert ranks == [1, 1, 1]  # vectors 1, of one class or of all images
+    progress = outcome.strategy.progress  # type: ignore[union-attr]
+    assert set(progress.bases) == {1002, 1003, 1004} and set(progress.member) == set(grid.nodes)
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "client 0 has 6 images and no class of 7 (min_per_class): it tells no subspace and joins the largest cluster",
+        "client 2 has 10 images and no class of 7 (min_per_class): its subspace is that of all its images, whatever "
+        "their class",
+    ]
 
 
 def test_clients_of_other_depths_inherit_by_expand_and_share_at_their_relative_places() -> None:
@@ -295,22 +351,61 @@ def test_traffic_is_what_passed_by_client_and_round_start_up_included(tmp_path: 
     assert totals(outcome.lines)["start_up"] == sum(x["up"] + x["down"] for x in lines[:3])
 
 
-def test_a_run_leaves_a_learngene_per_cluster_with_its_card(tmp_path: Path) -> None:
-    outcome, _ = run(4, out=str(tmp_path / "run"), blocks=2, ancestor="", data="signdigits")
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome, MemoryGrid]:
+    """The folder of a run of four clients, its outcome, and the grid it went through."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, *run(4, out=str(folder), blocks=2)
+
+
+def test_a_run_leaves_a_learngene_per_cluster_with_its_card(kept: tuple[Path, Outcome, MemoryGrid]) -> None:
+    run_folder, outcome, _ = kept
     assert outcome.strategy is not None and len(outcome.learngenes) == 2
+    members = outcome.strategy.progress.member
+    assert sorted(list(members.values()).count(number) for number in (0, 1)) == [1, 3]
     for number, learngene in enumerate(outcome.learngenes):
-        folder = tmp_path / "run" / f"cluster-{number}"
+        folder = run_folder / f"cluster-{number}"
         assert Learngene.load(folder / "learngene.safetensors").digest == learngene.digest
         assert (
-            "gene-fl" in (folder / "README.md").read_text() and str(tmp_path) not in (folder / "README.md").read_text()
+            "gene-fl" in (folder / "README.md").read_text()
+            and str(run_folder) not in (folder / "README.md").read_text()
         )
         cluster = outcome.strategy.progress.clusters[number]
         grown = factory.expand(learngene).state_dict()
         for name, value in cluster.gene.items():  # at the native depth, the layers at their own places
             assert torch.equal(grown[name], torch.from_numpy(value))
         assert ViTShape.of(factory.expand(learngene, depth=7, num_labels=5)).depth == 7
-        basis = learngene.tensors["subspace.basis"]
-        torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-4, rtol=0)
+        own = [basis for node, basis in outcome.strategy.progress.bases.items() if members[node] == number]
+        assert ("subspace.basis" in learngene.tensors) == (len(own) > 1)
+        for client in own if len(own) > 1 else []:
+            basis = learngene.tensors["subspace.basis"]
+            torch.testing.assert_close(basis.T @ basis, torch.eye(basis.shape[1]), atol=1e-4, rtol=0)
+            assert float(principal_angles(basis, client)[0]) > 1  # degrees: not one direction is a client's own
+
+
+def test_the_card_of_a_cluster_tells_what_the_run_measured(kept: tuple[Path, Outcome, MemoryGrid]) -> None:
+    """Numbers of the clients' own replies and of what passed, each in its row; settings in full."""
+    folder, outcome, grid = kept
+    strategy = outcome.strategy
+    assert strategy is not None
+    sent = totals(outcome.lines)
+    for number in (0, 1):
+        own = [node for node, cluster in strategy.progress.member.items() if cluster == number]
+        last = [grid.nodes[node].answered[-1].metric_records["metrics"] for node in own]
+        text = (folder / f"cluster-{number}" / "README.md").read_text()
+        cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.count("|") == 3]
+        rows = {what: number for _, what, number, _ in cells}
+        assert rows["rounds of training and averaging"] == "2" and rows["clients of the run"] == "4"
+        assert rows["clients of this cluster"] == str(len(own))
+        images = rows["images that the last average is of, as the clients tell"]
+        assert int(images) == sum(int(told["num-examples"]) for told in last)  # type: ignore[arg-type]
+        after = rows["accuracy of this cluster's clients after training in the last round, per cent"]
+        assert float(after) == pytest.approx(np.mean([told["accuracy"] for told in last]), abs=0.06)  # type: ignore[arg-type]
+        assert rows["bytes from all clients of the run, in rounds"] == f"{sent['up']:,}"
+        assert rows["bytes to all clients of the run, in rounds"] == f"{sent['down']:,}"
+        assert '\nstrategy: "gene-fl"\n' in text and "\nmax_drift: 10.0\n" in text and "…" not in text
+        assert (f"The layers that {len(own)} clients of one cluster share." in text) == (len(own) > 1)
+        assert ("This cluster has 1 client" in text) == ("The layers of 1 client." in text) == (len(own) == 1)
 
 
 def test_a_run_from_an_ancestor_begins_with_its_weights(tmp_path: Path, pico_learngene: Learngene) -> None:
@@ -360,7 +455,8 @@ def test_clients_can_write_down_what_they_send_and_it_agrees_with_the_server(tmp
         ({"blocks": 9}, "4 layers"),
         ({"depths": "4,x"}, "4,6"),
         ({"depths": "4,0"}, "4,6"),
-        ({"limit": 4}, "clients would work"),
+        ({"limit": 4}, "4 images for 4 clients asked; each needs 8: 32 images or more would work"),
+        ({"limit": 17}, "17 images for 4 clients asked; each needs 8: 2 clients or fewer would work"),
         ({"ancestor_weights": "x.safetensors"}, "without ancestor"),
     ],
 )
@@ -382,8 +478,10 @@ def test_the_run_config_is_the_settings_with_hyphens() -> None:
     assert Federation.from_run_config({"mu": 1}).mu == 1.0
     for wrong, told in (
         ({"mo": 1}, "no setting 'mo'"),
-        ({"rounds": "3"}, "is a int"),
-        ({"paper-mode": 1}, "is a bool"),
+        ({"rounds": "3"}, "it is an int"),
+        ({"paper-mode": 1}, "it is true or false"),
+        ({"min-clinets": 1}, "did you mean min_clients?"),
+        ({"zzz": 1}, "; there are strategy, rounds"),
     ):
         with pytest.raises(SettingsError, match=told):
             Federation.from_run_config(wrong)

@@ -144,7 +144,7 @@ class Deployment:
         return started
 
     def run(self, settings: Federation) -> None:
-        write_app(self.folder / "app", settings)
+        write_app(self.folder / "app", settings, 2)
         ran = subprocess.run(
             [BIN / "flwr", "run", str(self.folder / "app"), "here"],
             env=self.env, capture_output=True, text=True, timeout=180,
@@ -196,13 +196,12 @@ def test_a_supernode_that_is_killed_in_a_round_is_left_out_and_the_run_goes_on(
 def test_a_command_that_is_killed_goes_on_after_its_last_round_to_the_same_result(
     tmp_path: Path, processes: list[subprocess.Popen[bytes]]
 ) -> None:
-    """SIGKILL of `learngene federate`, server and clients together; ``client_state`` outlives it."""
+    """SIGKILL of `learngene federate`, server and clients together; the private parts in out/clients outlive it."""
     settings = {"limit": 96, "depth": 4, "width": 32, "heads": 1, "patch": 16, "epochs": 3, "blocks": 1, "alpha": 5.0,
                 "fisher_images": 2, "min_per_class": 4, "vectors": 1, "batch_size": 16}  # fmt: skip
 
     def command(name: str) -> list[str]:
-        own = {**settings, "client_state": str(tmp_path / f"{name}-clients")}
-        asked = [f"--set={key}={value}" for key, value in own.items()]
+        asked = [f"--set={key}={value}" for key, value in settings.items()]
         said = ["federate", "--data", "signdigits", "--clients", "3", "--rounds", "4", "--out", str(tmp_path / name)]
         return [str(BIN / "learngene"), *said, *asked]
 
@@ -226,12 +225,12 @@ def test_the_written_app_is_one_that_flower_takes(tmp_path: Path) -> None:
     from flwr.cli.config_utils import load_and_validate
 
     settings = tiny(data="photos", depths="4,6")
-    write_app(tmp_path, settings)
+    write_app(tmp_path, settings, 3)
     config, warnings = load_and_validate(tmp_path / "pyproject.toml")
     assert Federation.from_run_config(config["tool"]["flwr"]["app"]["config"]) == settings, warnings
     assert tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]["name"] == "gene-fl"
     with pytest.raises(StoreError, match="there already"):
-        write_app(tmp_path, settings)
+        write_app(tmp_path, settings, 3)
 
 
 def test_an_unknown_engine_is_told() -> None:

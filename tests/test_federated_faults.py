@@ -12,10 +12,14 @@ from fed import grid_of, tiny
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 
 from learngene_hub.errors import SettingsError, StoreError, TrainingError
+from learngene_hub.federated import artefact
+from learngene_hub.federated._saved import FILE
+from learngene_hub.federated.apps import simulate
 from learngene_hub.federated.memory import NoReply
 from learngene_hub.federated.models import native_shape
-from learngene_hub.federated.server import conduct
+from learngene_hub.federated.server import Outcome, conduct
 from learngene_hub.federated.strategy import GeneFL
+from learngene_hub.federated.traffic import Sent, read_lines
 
 Fault = Callable[[Message], Message]
 
@@ -48,6 +52,16 @@ def killed(reply: Message) -> Message:
 
 def crashed(reply: Message) -> Message:
     raise MemoryError("no memory left at the client")
+
+
+def drawn_as_text(lines: object, accuracy: object, path: Path) -> None:
+    path.write_text(repr((list(lines), accuracy)))  # type: ignore[call-overload]
+
+
+@pytest.fixture(autouse=True)
+def _plots_of_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be drawn is written as text: drawing takes longer than a round; test_federated.py tests it."""
+    monkeypatch.setattr(artefact, "draw", drawn_as_text)
 
 
 FAULTS: dict[str, tuple[Fault, str]] = {
@@ -158,6 +172,76 @@ def test_a_killed_server_goes_on_after_its_last_round_to_the_same_result(tmp_pat
     assert conduct(fresh, settings).history == again.history  # finished: nothing more is done
 
 
+@pytest.fixture(scope="module")
+def at_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """A folder with a run of two rounds by one process, and its outcome."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(artefact, "draw", drawn_as_text)
+        return folder, simulate(tiny(rounds=2, out=str(folder)), 2)
+
+
+def test_private_parts_outlive_a_run_in_its_folder_and_no_longer(tmp_path: Path, at_once: tuple[Path, Outcome]) -> None:
+    """One round and then another end as two at once; a run that begins anew there does not take the old parts up."""
+    simulate(tiny(rounds=1, out=str(tmp_path / "two")), 2)
+    resumed = simulate(tiny(rounds=2, out=str(tmp_path / "two")), 2)
+    assert sorted(path.name for path in (tmp_path / "two" / "clients").iterdir()) == ["client-0.npz", "client-1.npz"]
+    (tmp_path / "two" / FILE).unlink()
+    anew = simulate(tiny(rounds=2, out=str(tmp_path / "two")), 2)
+    _, straight = at_once
+    for other in (resumed, anew):
+        assert other.history == straight.history
+        for one, two in zip(straight.learngenes, other.learngenes, strict=True):
+            assert one.tensors.keys() == two.tensors.keys()
+            for name, tensor in one.tensors.items():
+                np.testing.assert_array_equal(two.tensors[name].numpy(), tensor.numpy(), err_msg=name)
+    simulate(tiny(strategy="fedavg", rounds=1, out=str(tmp_path / "average")), 2)
+    assert not (tmp_path / "average" / "clients").exists()  # whole models: there are no private parts
+
+
+def test_a_run_in_two_parts_tells_of_both_and_a_finished_one_writes_nothing(
+    tmp_path: Path, at_once: tuple[Path, Outcome]
+) -> None:
+    """Traffic, card and artefact of two processes are to the byte those of one."""
+    parts, (whole, straight) = tmp_path / "parts", at_once
+    simulate(tiny(rounds=1, out=str(parts)), 2)
+    with (parts / "traffic.jsonl").open("a") as file:
+        file.write('{"round": 2, "kind": "rou')  # killed while it wrote
+    simulate(tiny(rounds=2, out=str(parts)), 2)
+    names = ["traffic.jsonl", "rounds.jsonl", "cluster-0/learngene.safetensors", "cluster-0/README.md", "traffic.png"]
+    for name in names:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    told = straight.learngenes[0].provenance["federation"]["traffic_bytes"]
+    kinds = [(line.round, line.kind) for line in straight.lines]
+    assert kinds == [(1, "start-up")] * 2 + [(1, "round")] * 2 + [(2, "round")] * 2
+    assert told["up"] == sum(line.up for line in straight.lines[2:]) and told["start_up"] > 0
+
+    def state() -> dict[Path, tuple[int, bytes]]:
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in parts.rglob("*") if path.is_file()}
+
+    before = state()
+    again = simulate(tiny(rounds=2, out=str(parts)), 2)
+    assert state() == before and again.done_before == 2 and again.lines == straight.lines
+    (parts / "cluster-0" / "README.md").unlink()
+    simulate(tiny(rounds=2, out=str(parts)), 2)  # something is missing: it is written again
+    assert {path: data for path, (_, data) in state().items()} == {path: data for path, (_, data) in before.items()}
+    (parts / "server.npz").unlink()
+    assert simulate(tiny(rounds=1, out=str(parts)), 2).lines == straight.lines[:4]  # anew: no traffic of the old run
+
+
+def test_a_damaged_traffic_file_is_told_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "traffic.jsonl"
+    good = '{"round": 1, "kind": "round", "node": "7", "down": 3, "up": 4, "answered": true}\n'
+    path.write_text(good + good.replace("3", '"3"'))
+    with pytest.raises(StoreError, match="traffic.jsonl, line 2, is no line of traffic"):
+        read_lines(path)
+    path.write_text(good + "{}\n")
+    with pytest.raises(StoreError, match="line 2"):
+        read_lines(path)
+    path.write_text(good)
+    assert read_lines(path) == [Sent(round=1, kind="round", node="7", down=3, up=4, answered=True)]
+
+
 def test_fedavg_goes_on_too(tmp_path: Path) -> None:
     settings = tiny(strategy="fedavg", rounds=1, out=str(tmp_path / "run"))
     conduct(grid_of(settings, 2), settings)
@@ -183,6 +267,16 @@ def test_a_saved_run_of_other_settings_or_a_damaged_one_is_refused(tmp_path: Pat
         (folder / "server.npz").write_bytes(wrong)
         with pytest.raises(StoreError, match="server.npz.*remove it"):
             conduct(grid_of(settings, 2), settings)
+
+
+def test_a_client_that_cannot_keep_its_private_part_says_so_before_it_trains(tmp_path: Path) -> None:
+    """As on a SuperNode, where the server cannot look."""
+    (tmp_path / "file").write_text("")
+    settings = tiny(client_state=str(tmp_path / "file" / "x"))
+    grid = grid_of(settings, 2)
+    with pytest.raises(TrainingError, match="round 1: none of 2 clients.*client_state .*file/x asked; it cannot be"):
+        conduct(grid, settings)
+    assert [len(node.received) for node in grid.nodes.values()] == [1, 1]  # the question for its subspace alone
 
 
 def test_too_few_clients_end_the_wait_with_a_message() -> None:

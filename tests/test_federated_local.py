@@ -151,6 +151,21 @@ def test_clusters_are_found_by_average_linkage() -> None:
     assert subspace.distance(basis, planes[0]) < 20 and bool((spread <= 1 + 1e-5).all())
 
 
+def test_what_clusters_tell_of_subspaces_is_no_members_own() -> None:
+    e = torch.eye(8)
+    one, two = e[:, [0, 1, 2]], e[:, [0, 5]]
+    found = subspace.shared_subspace([one, two])
+    assert found is not None
+    torch.testing.assert_close(found[0].abs(), e[:, :1])  # the direction that both have, and no other
+    assert found[1].tolist() == pytest.approx([1.0])
+    assert subspace.shared_subspace([one]) is None and subspace.shared_subspace([]) is None
+    assert subspace.shared_subspace([e[:, :2], e[:, 4:6]]) is None
+    near, half = (torch.stack([math.cos(t) * e[0] + math.sin(t) * e[1]], 1) for t in (0.0, math.pi / 4))
+    both = subspace.shared_subspace([near, half])
+    assert both is not None and both[1].tolist() == pytest.approx([(1 + math.cos(math.pi / 4)) / 2])
+    assert subspace.distance(both[0], near) == pytest.approx(22.5) == subspace.distance(both[0], half)
+
+
 def test_small_classes_do_not_show_in_a_subspace() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(25, 40, generator=generator)
@@ -185,5 +200,7 @@ def test_partitions_are_disjoint_whole_and_of_their_kind() -> None:
         partition("domain", labels, 2, seed=0, domains=domains)
     with pytest.raises(DataError, match="10 labels"):
         partition("labels", labels, 2, seed=0, labels_per_client=11)
-    with pytest.raises(DataError, match="clients would work"):
+    with pytest.raises(DataError, match="leave one with 1; it needs 2: fewer clients, or more images"):
+        partition("labels", labels[:12], 6, seed=0, labels_per_client=1)
+    with pytest.raises(DataError, match="2 clients or fewer would work"):
         partition("dirichlet", labels[:20], 9, seed=0)

@@ -44,7 +44,7 @@ ROOMS = [
     ["pool", "_pool_file", "_pool_features", "_pool_amounts", "_pool_baselines", "_pool_select", "_pool_grow"],
     ["descendant", "_folder"],
     ["registry", "_registry_file"],
-    ["card", "_card_descendant", "_card_facts", "_card_results", "_card_shapes"],
+    ["card", "_card_descendant", "_card_facts", "_card_federation", "_card_results", "_card_shapes"],
     ["hub", "_push", "_pool_push", "_send", "_remote", "_store", "_client"],
     ["federated"],
     [

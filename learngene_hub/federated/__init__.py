@@ -6,11 +6,12 @@
     models     the network that a client begins with: from a shared seed, or from a pre-trained ancestor
     local      training at a client: cross-entropy, and the quadratic constraint on what was received
     client     the ClientApp's handlers: the subspace, a round, a newcomer
-    strategy   ``GeneFL``, a Flower strategy; ``_round`` judges replies and averages them, ``_saved`` keeps a round
+    strategy   ``GeneFL``, a Flower strategy; ``_introduction`` reads what a client tells once, ``_membership`` finds
+               its cluster, ``_round`` judges replies and averages them, ``_saved`` keeps a round
     server     the ServerApp: the strategy of the settings, the artefacts and the traffic of a run
     traffic    bytes up and down, by Flower's own record sizes, as JSONL and as a plot
     memory     a Flower Grid in this process, for tests and benchmarks
-    apps       ``client`` and ``server`` for ``flwr run``, and the folder that it takes
+    apps       ``client`` and ``server`` for ``flwr run``, and the folder that it takes (``_app_files``)
 
 This room needs the extra: pip install 'learngene-hub[federated]'. It is the only one that imports flwr.
 """

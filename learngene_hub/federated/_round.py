@@ -8,6 +8,7 @@ numbers of images are taken on trust.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Message
 
+LOG = logging.getLogger("flwr.gene_fl")  # below Flower's own, so that it is seen wherever Flower's log is
 MAX_IMAGES = 10**9  # of one client
 
 
@@ -139,6 +141,14 @@ def means_of(used: Sequence[Reply]) -> dict[str, float]:
         if values:
             found[name] = sum(values) / len(values)
     return found
+
+
+def tell_round(row: Mapping[str, float], rounds: int) -> None:
+    """A line of the log on a finished round of ``rounds``."""
+    accuracy = f", accuracy {row['accuracy']:.1f} %" if "accuracy" in row else ""
+    out = f", {row['left_out']} left out" if row.get("left_out") else ""
+    clients = f"{row['used']} client{'' if row['used'] == 1 else 's'}"
+    LOG.info(f"round {row['round']} of {rounds}: {clients}{out}{accuracy}")
 
 
 def read_xi(value: Any, layers: int) -> np.ndarray | None:

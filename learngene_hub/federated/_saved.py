@@ -27,6 +27,7 @@ class Cluster:
     xi: tuple[float, ...]  # smoothed over rounds, one number per layer
     gene: Mapping[str, np.ndarray] = field(repr=False)  # Theta_k^S by the native network's names, float32
     images: int = 0  # of the clients of the last average
+    measured: Mapping[str, float] = field(default_factory=dict)  # means over these clients, as ``means_of``
 
     def known(self) -> dict[str, np.ndarray]:
         """The learngene in float64, to compare updates with."""
@@ -56,7 +57,10 @@ def save(progress: Progress, settings: Federation, folder: Path) -> None:
         "format": 1,
         "settings": _identity(settings),
         "round": progress.round,
-        "clusters": [{"blocks": c.blocks, "xi": c.xi, "images": c.images} for c in progress.clusters],
+        "clusters": [
+            {"blocks": c.blocks, "xi": c.xi, "images": c.images, "measured": dict(c.measured)}
+            for c in progress.clusters
+        ],
         "member": {str(node): cluster for node, cluster in progress.member.items()},
         "clients": {str(node): client for node, client in progress.clients.items()},
         "xi": {str(node): list(xi) for node, xi in progress.xi.items()},
@@ -85,7 +89,7 @@ def load(settings: Federation, folder: Path) -> Progress | None:
         other = {name for name, value in _identity(settings).items() if head["settings"].get(name) != value}
         clusters = tuple(
             Cluster(
-                blocks=tuple(c["blocks"]), xi=tuple(c["xi"]), images=c["images"],
+                blocks=tuple(c["blocks"]), xi=tuple(c["xi"]), images=c["images"], measured=dict(c.get("measured", {})),
                 gene={n.split("/", 2)[2]: a for n, a in arrays.items() if n.startswith(f"gene/{number}/")},
             )
             for number, c in enumerate(head["clusters"])

@@ -2,54 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
-from learngene_hub._version import __version__
-from learngene_hub.errors import SettingsError, StoreError, TrainingError
+from learngene_hub.errors import LearngeneError, SettingsError, StoreError, TrainingError
+from learngene_hub.federated._app_files import app_files
+from learngene_hub.federated._saved import FILE
 from learngene_hub.federated.client import make_client_app
 from learngene_hub.federated.memory import MemoryGrid, as_server
 from learngene_hub.federated.server import Outcome, conduct, make_server_app
-from learngene_hub.federated.settings import Federation
+from learngene_hub.federated.settings import FLOWERS, Federation
+from learngene_hub.federated.site import CLIENT_FILE, Site, require_writable
 
 client = make_client_app()
 server = make_server_app()
 
 ENGINES = ("process", "flower")
-_TEMPLATE = """\
-# A Flower app: `flwr run .` runs it in simulation, `flwr run . NAME` on the SuperLink of that name in Flower's config.
-[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
-[project]
-name = "gene-fl"
-version = "0.1.0"
-description = "Learngenes condensed, exchanged and inherited across clients that cannot share data"
-license = "Apache-2.0"
-dependencies = ["flwr[simulation]>=1.41", "learngene-hub[federated]>={version}"]
-
-[tool.hatch.build.targets.wheel]
-packages = ["gene_fl"]
-
-[tool.flwr.app]
-publisher = "learngene"
-
-[tool.flwr.app.components]
-serverapp = "gene_fl.server_app:app"
-clientapp = "gene_fl.client_app:app"
-
-# `learngene federate --help` says what these are; `--run-config "rounds=20 mu=0.1"` changes some for one run.
-[tool.flwr.app.config]
-{config}
-"""
-_MODULE = """\
-\"\"\"The {what}.\"\"\"
-
-from learngene_hub.federated.apps import {what} as app
-
-__all__ = ["app"]
-"""
+CLIENTS = "clients"  # folder in `out`: the private parts of clients that are simulated here
 
 
 def simulate(settings: Federation, clients: int, *, engine: str = "process") -> Outcome:
@@ -59,50 +29,93 @@ def simulate(settings: Federation, clients: int, *, engine: str = "process") -> 
         engine: "process": one after the other in this process; "flower": Flower's simulation runtime on Ray, several at
             a time (through ``run_simulation``, which Flower will replace by ``flwr run``). The numbers are the same.
 
+    With ``out`` the private parts of the clients are kept in ``out/clients``, where ``client_state`` names no other
+    folder; a run that begins anew there begins with new ones.
+
     Raises:
         TrainingError, SettingsError, StoreError, DataError: as ``conduct``.
     """
     if engine not in ENGINES:
         raise SettingsError(f"engine {engine!r} asked; there are {', '.join(ENGINES)}")
-    if clients < settings.min_clients:
-        raise SettingsError(f"{clients} clients asked; the run waits for min_clients {settings.min_clients}")
+    require_clients(settings, clients)
+    for client in range(clients):  # what each of them would raise in round 1, all at once and at the start
+        Site.of(settings, {"partition-id": client, "num-partitions": clients})
+    if settings.out:
+        require_writable(Path(settings.out), "out")
+    settings = _with_client_state(settings)
+    if settings.client_state:
+        require_writable(Path(settings.client_state), "client_state")
     if engine == "process":
         as_server()
         return conduct(MemoryGrid.of(make_client_app(settings), clients), settings)
     return _in_flower(settings, clients)
 
 
+def require_clients(settings: Federation, clients: int) -> None:
+    """Nothing, where so many clients are enough.
+
+    Raises:
+        SettingsError: they are fewer than one, or than the run waits for.
+    """
+    said, least = f"{clients} client{'' if clients == 1 else 's'} asked", max(settings.min_clients, 1)
+    if clients < 1:
+        raise SettingsError(f"{said}; {max(least, 2)} or more would work")
+    if clients < least:
+        raise SettingsError(
+            f"{said}; a run waits for min_clients {least}: {least} or more, or the setting min_clients={clients}, "
+            "would work"
+        )
+
+
+def _with_client_state(settings: Federation) -> Federation:
+    """The settings with a folder for the clients' private parts, where a run is kept and clients have any.
+
+    Those of a run of which the server kept nothing are removed: they are of rounds that no longer count.
+    """
+    if not settings.out or settings.client_state or settings.strategy in FLOWERS:
+        return settings
+    folder = Path(settings.out) / CLIENTS
+    if not (Path(settings.out) / FILE).exists():
+        try:
+            for path in folder.glob(CLIENT_FILE.format("*")):
+                path.unlink()
+        except OSError as error:
+            raise StoreError(f"cannot write into {folder}: {error.strerror}; another out folder would work") from error
+    return replace(settings, client_state=str(folder))
+
+
 def _in_flower(settings: Federation, clients: int) -> Outcome:
     from flwr.simulation import run_simulation
 
     found: list[Outcome] = []
-    resources = {"num_cpus": 1, "num_gpus": 0.0}
+    failed: list[LearngeneError] = []
+    backend = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"log_to_driver": False}}
     try:
-        run_simulation(
-            make_server_app(settings, found.append), make_client_app(settings), clients,
-            backend_config={"client_resources": resources},  # type: ignore[dict-item]
-        )  # fmt: skip
-    except SystemExit as error:  # Flower leaves so, after it has logged why
-        raise TrainingError(f"Flower's simulation ended with status {error.code}; its log says why") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Tip: In future versions of Ray")  # of GPUs, which none asks for
+            run_simulation(
+                make_server_app(settings, found.append, failed.append), make_client_app(settings), clients,
+                backend_config=backend,  # type: ignore[arg-type]
+            )  # fmt: skip
+    except (SystemExit, RuntimeError) as error:  # Flower leaves so, after it has logged why
+        if failed:
+            raise failed[0] from error
+        raise TrainingError(f"Flower's simulation ended ({type(error).__name__} {error}); its log says why") from error
     if not found:
         raise TrainingError("Flower's simulation ended without a result; its log says why")
     return found[0]
 
 
-def write_app(folder: Path, settings: Federation) -> list[Path]:
-    """The files of a Flower app in ``folder``, with these settings as its run_config.
+def write_app(folder: Path, settings: Federation, clients: int) -> list[Path]:
+    """The files of a Flower app in ``folder``, with these settings as its run_config; its README.md says how it is run,
+    in simulation with so many ``clients``.
 
     Raises:
+        SettingsError: fewer clients than the run waits for.
         StoreError: a file is there already, or cannot be written.
     """
-    config = "\n".join(f"{name} = {_toml(value)}" for name, value in settings.to_run_config().items())
-    text = {
-        "pyproject.toml": _TEMPLATE.format(version=__version__, config=config),
-        "gene_fl/__init__.py": '"""GENE-FL, from learngene_hub."""\n',
-        "gene_fl/server_app.py": _MODULE.format(what="server"),
-        "gene_fl/client_app.py": _MODULE.format(what="client"),
-        "README.md": "# GENE-FL on Flower\n\n`flwr run .` runs it; `pyproject.toml` holds its settings.\n",
-    }
+    require_clients(settings, clients)
+    text = app_files(settings, clients)
     paths = [folder / name for name in text]
     if there := [path for path in paths if path.exists()]:
         raise StoreError(f"{there[0]} is there already; an empty folder would work")
@@ -113,8 +126,3 @@ def write_app(folder: Path, settings: Federation) -> list[Path]:
     except OSError as error:
         raise StoreError(f"cannot write into {folder}: {error.strerror}; another folder would work") from error
     return paths
-
-
-def _toml(value: str | int | float | bool) -> str:
-    """A value as TOML writes it; a string's escapes are JSON's."""
-    return json.dumps(value)

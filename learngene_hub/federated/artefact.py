@@ -13,6 +13,7 @@ import torch
 from learngene_hub.card import card_text
 from learngene_hub.errors import StoreError
 from learngene_hub.federated import subspace
+from learngene_hub.federated._membership import bases_by_cluster
 from learngene_hub.federated.models import ancestor_of, preprocessing_of
 from learngene_hub.federated.settings import Federation
 from learngene_hub.federated.strategy import GeneFL
@@ -21,15 +22,21 @@ from learngene_hub.learngene import Learngene
 from learngene_hub.methods._gene_fl_layers import group_of, layer_entries
 from learngene_hub.methods.gene_fl import BASIS, SCORE, SPREAD, GeneFl, assemble_learngene
 
+ROUNDS = "rounds.jsonl"
+CLUSTER_FILES = ("learngene.safetensors", "README.md")
 PLACES = ("out", "client_state")  # settings that are folders of one machine, which no file tells another
 SOURCES = ("data", "ancestor", "ancestor_weights")  # settings that may be a path: only its last part is told
 
 
-def learngene_of(strategy: GeneFL, number: int, *, seconds: float = 0.0, lines: Sequence[Sent] = ()) -> Learngene:
+def learngene_of(strategy: GeneFL, number: int, *, lines: Sequence[Sent] = ()) -> Learngene:
     """The learngene of one cluster, as it is after the last finished round: the layers that were averaged last, every
-    layer's xi, and the mean subspace of the clients, by which a newcomer may choose.
+    layer's xi, and of the clients' subspaces what they share, where there are two and more that share something.
 
-    A layer that was chosen after the last average, which has no Theta yet, is not in it.
+    A file that is published holds no client's own subspace: newcomers of the run are compared with those in
+    ``server.npz``, which stays in the folder of the run.
+
+    A layer that was chosen after the last average, which has no Theta yet, is not in it. Nor is the time that the run
+    took: the same run gives the same bytes.
     """
     settings, native = strategy.settings, strategy.native
     cluster, entries = strategy.progress.clusters[number], layer_entries(native)
@@ -41,25 +48,34 @@ def learngene_of(strategy: GeneFL, number: int, *, seconds: float = 0.0, lines: 
         for rest, name in entries[i].items()
     }
     tensors[SCORE] = torch.tensor(cluster.xi, dtype=torch.float32)
-    members = strategy.bases_by_cluster().get(number, [])
-    if members:
-        tensors[BASIS], tensors[SPREAD] = subspace.mean_subspace(members, max(m.shape[1] for m in members))
+    if shared := subspace.shared_subspace(bases_by_cluster(strategy.progress).get(number, [])):
+        tensors[BASIS], tensors[SPREAD] = shared
     own = GeneFl(
         blocks=len(have), criterion=settings.criterion, images=settings.fisher_images, seed=settings.seed
     )  # fmt: skip
     ancestor = ancestor_of(settings.ancestor, settings.ancestor_weights)
     none = {"name": f"none: drawn with seed {settings.seed}", "sha256": "", "license": "", "source": ""}
-    clients = sum(cluster == number for cluster in strategy.progress.member.values())
     provenance = {
-        "data": {Path(settings.data).name: {"images": cluster.images}},
-        "image_size": settings.image_size, "round": strategy.progress.round, "cluster": number,
-        "clusters": len(strategy.progress.clusters), "clients": clients, "seconds": round(seconds, 1),
-        "traffic_bytes": totals(lines), "federation": told(settings),
+        "data": {Path(settings.data).name: {"images": cluster.images}}, "image_size": settings.image_size,
+        "federation": _facts(strategy, number, have, lines),
     }  # fmt: skip
     return assemble_learngene(
         tensors, native, asdict(own), facts=none if ancestor is None else dict(ancestor.ancestor),
         preprocessing=preprocessing_of(settings), provenance=provenance,
     )  # fmt: skip
+
+
+def _facts(strategy: GeneFL, number: int, layers: Sequence[int], lines: Sequence[Sent]) -> dict[str, Any]:
+    """What is known of a cluster at the end of the run; its card shows it."""
+    progress = strategy.progress
+    cluster, numbers = progress.clusters[number], list(progress.member.values())
+    accuracy = {name: round(value, 2) for name, value in cluster.measured.items() if name.startswith("accuracy")}
+    return {
+        "rounds": progress.round, "cluster": number, "clusters": len(progress.clusters), "layers": list(layers),
+        "clients": numbers.count(number), "run_clients": len(numbers), "images": cluster.images,
+        **{name.replace("-", "_"): value for name, value in accuracy.items()},
+        "traffic_bytes": totals(lines), "settings": told(strategy.settings),
+    }  # fmt: skip
 
 
 def told(settings: Federation) -> dict[str, Any]:
@@ -72,7 +88,7 @@ def write_out(
     folder: Path, learngenes: Sequence[Learngene], history: Sequence[Mapping[str, float]], lines: Sequence[Sent]
 ) -> list[Path]:
     """The files of the learngenes, ``folder/cluster-N/learngene.safetensors`` with a card beside each; and
-    ``rounds.jsonl``, ``traffic.png``. ``traffic.jsonl`` grows while the run goes on.
+    ``traffic.png``; and last ``rounds.jsonl``. ``traffic.jsonl`` grows while the run goes on.
 
     Raises:
         StoreError: one cannot be written.
@@ -82,16 +98,25 @@ def write_out(
         path = learngene.save_pretrained(folder / f"cluster-{number}")
         card = card_text(
             learngene, name=f"GENE-FL, cluster {number}", source=path.parent.name,
-            description=f"The layers that {learngene.provenance['clients']} clients of one cluster share.",
+            description=_description(learngene.provenance["federation"]["clients"]),
             nbytes=path.stat().st_size,
         )  # fmt: skip
         _write(path.parent / "README.md", card)
         paths.append(path)
-    _write(folder / "rounds.jsonl", "".join(json.dumps(dict(row)) + "\n" for row in history))
     accuracy = {int(row["round"]): row["accuracy"] for row in history if "accuracy" in row}
     if lines and accuracy:
         draw(lines, accuracy, folder / "traffic.png")
+    _write(folder / ROUNDS, rounds_text(history))
     return paths
+
+
+def _description(clients: int) -> str:
+    return f"The layers that {clients} clients of one cluster share." if clients != 1 else "The layers of 1 client."
+
+
+def rounds_text(history: Sequence[Mapping[str, float]]) -> str:
+    """The text of ``rounds.jsonl``."""
+    return "".join(json.dumps(dict(row)) + "\n" for row in history)
 
 
 def _write(path: Path, text: str) -> None:

@@ -61,21 +61,27 @@ def make_client_app(settings: Federation | None = None, mods: Sequence[Mod] = ()
 
 
 def _site(settings: Federation | None, context: Context) -> Site:
-    return Site.of(settings or Federation.from_run_config(context.run_config), context)
+    return Site.of(settings or Federation.from_run_config(context.run_config), context.node_config)
 
 
 def tell_subspace(site: Site) -> RecordDict:
     """The reply to ``query.subspace``: "arrays" with the basis (D, m), "metrics" with n and xi of the first model.
 
-    No basis is sent where clusters are not sought.
+    No basis is sent where clusters are not sought. Where they are, "shown" is the number of classes of
+    ``min_per_class`` images; of 0 the basis is that of all images as one class, and of fewer than ``min_per_class`` in
+    all there is none, for it could give single images away (our reading; the server knows a cluster for such a client).
     """
     s, preprocessing = site.settings, preprocessing_of(site.settings)
+    site.require_place()  # before anything is trained
     model = initial_model(s, site.shape)
     batch = sample(site.train, s.fisher_images, preprocessing, seed_of("fisher", s.seed, site.client))
     xi = native_xi(sensitivities(model, layer_entries(site.shape), *batch), site)
     content = RecordDict({"metrics": MetricRecord({"num-examples": len(site.train), "client": site.client, "xi": xi})})
-    if s.clusters != 1:
-        encoder = initial_model(s, site.native)
+    if s.clusters == 1:
+        return content
+    content["metrics"]["shown"] = geometry.large_classes(site.train.labels, s.min_per_class)  # type: ignore[index]
+    if len(site.train) >= s.min_per_class:
+        encoder = model if site.shape == site.native else initial_model(s, site.native)
         seen = pixels_of(site.train, preprocessing) if s.subspace == "pixels" else features(
             encoder, site.train, preprocessing
         )  # fmt: skip

@@ -7,6 +7,7 @@ the network whose sizes explain the paper's 9.04 MB.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -109,11 +110,16 @@ def count_of(settings: Federation, native: Any) -> int:
 
 def initial_model(settings: Federation, shape: Any) -> nn.Module:
     """A fresh copy of the first model of this shape, the same at every client, in eval mode."""
-    ancestor = ancestor_of(settings.ancestor, settings.ancestor_weights)
+    return copy.deepcopy(_first_model(settings.ancestor, settings.ancestor_weights, settings.seed, shape))
+
+
+@lru_cache(maxsize=2)  # clients of one process ask for it several times per round, of one or two shapes
+def _first_model(name: str, weights: str, seed: int, shape: Any) -> nn.Module:
+    ancestor = ancestor_of(name, weights)
     if ancestor is not None:
-        return factory.grow(ancestor, shape, seed=settings.seed)
+        return factory.grow(ancestor, shape, seed=seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(seed)
         return shape.build().eval()
 
 

@@ -54,7 +54,8 @@ def partition(
     smallest = min(len(share) for share in shares)
     if smallest < 2:
         raise DataError(
-            f"{len(labels_N)} images for {clients} clients leave one with {smallest}; fewer clients would work"
+            f"{len(labels_N)} images for {clients} clients asked, which leave one with {smallest}; it needs 2: fewer "
+            "clients, or more images, would work"
         )
     return [torch.sort(share).values for share in shares]
 
@@ -63,9 +64,12 @@ def _dirichlet(labels_N: Tensor, clients: int, alpha: float, seed: int) -> list[
     import numpy as np
 
     if len(labels_N) < clients * MIN_IMAGES:
+        most = len(labels_N) // MIN_IMAGES
+        works = (
+            f"{most} client{'' if most == 1 else 's'} or fewer" if most else f"{clients * MIN_IMAGES} images or more"
+        )
         raise DataError(
-            f"{len(labels_N)} images for {clients} clients; each needs {MIN_IMAGES}: {len(labels_N) // MIN_IMAGES} "
-            "clients would work"
+            f"{len(labels_N)} images for {clients} clients asked; each needs {MIN_IMAGES}: {works} would work"
         )
     draw = np.random.default_rng(seed_of("dirichlet", seed))
     for _ in range(_DRAWS):
@@ -80,8 +84,8 @@ def _dirichlet(labels_N: Tensor, clients: int, alpha: float, seed: int) -> list[
         if min(len(share) for share in shares) >= MIN_IMAGES:
             return shares
     raise DataError(
-        f"alpha {alpha} leaves a client with fewer than {MIN_IMAGES} of {len(labels_N)} images in {_DRAWS} draws; a "
-        "larger alpha or fewer clients would work"
+        f"alpha {alpha} asked of {clients} clients; it leaves one with fewer than {MIN_IMAGES} of {len(labels_N)} "
+        f"images in {_DRAWS} draws: a larger alpha or fewer clients would work"
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg, FedProx
 
-from learngene_hub.errors import TrainingError
+from learngene_hub.errors import LearngeneError, StoreError, TrainingError
 from learngene_hub.federated import _saved
+from learngene_hub.federated._round import tell_round
 from learngene_hub.federated._saved import Cluster, Progress
-from learngene_hub.federated.artefact import learngene_of, write_out
+from learngene_hub.federated.artefact import CLUSTER_FILES, ROUNDS, learngene_of, rounds_text, write_out
 from learngene_hub.federated.client import to_record
 from learngene_hub.federated.models import client_shape, count_of, initial_model, native_shape, sent_names
 from learngene_hub.federated.settings import FLOWERS, Federation
-from learngene_hub.federated.site import whole_data
+from learngene_hub.federated.site import require_writable, whole_data
 from learngene_hub.federated.strategy import GeneFL
 from learngene_hub.federated.traffic import Metered, Sent
 from learngene_hub.learngene import Learngene
@@ -40,20 +41,31 @@ class Outcome:
     """What a run came to."""
 
     history: tuple[dict[str, float], ...]  # per round: accuracy of clients after and before training, per cent; ...
-    lines: tuple[Sent, ...]  # of this process; the JSONL has those of an interrupted one too
+    lines: tuple[Sent, ...]  # all that was sent, before an interruption too where ``out`` keeps it
     learngenes: tuple[Learngene, ...]  # one per cluster; none of the baselines that send whole models, or nothing
     strategy: GeneFL | None = field(repr=False)  # None: one of Flower's
     arrays: ArrayRecord | None = field(repr=False)  # of Flower's: the whole model
-    seconds: float
+    done_before: int  # rounds that an earlier process did; where they are all of the history, nothing was run
+    seconds: float  # of this process
 
 
-def make_server_app(settings: Federation | None = None, done: Callable[[Outcome], None] | None = None) -> ServerApp:
-    """Flower's ServerApp of a federation; ``settings`` None: those of the run_config. ``done`` gets the outcome."""
+def make_server_app(
+    settings: Federation | None = None,
+    done: Callable[[Outcome], None] | None = None,
+    failed: Callable[[LearngeneError], None] | None = None,
+) -> ServerApp:
+    """Flower's ServerApp of a federation; ``settings`` None: those of the run_config. ``done`` gets the outcome, or
+    ``failed`` the error, which Flower makes an exit status of."""
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        outcome = conduct(grid, settings or Federation.from_run_config(context.run_config))
+        try:
+            outcome = conduct(grid, settings or Federation.from_run_config(context.run_config))
+        except LearngeneError as error:
+            if failed is not None:
+                failed(error)
+            raise
         if done is not None:
             done(outcome)
 
@@ -73,30 +85,34 @@ def conduct(grid: Grid, settings: Federation) -> Outcome:
     native = native_shape(settings, classes_of(settings))
     for client in range(len(settings.depth_list())):
         client_shape(settings, native, client)
-    metered = Metered(grid, folder / TRAFFIC if folder else None)
     if folder is not None:
         _make(folder)
-    if settings.strategy in FLOWERS:
-        arrays, history = _with_flowers(metered, settings, native, folder)
-        outcome = Outcome(
-            history=history, lines=tuple(metered.lines), learngenes=(), strategy=None, arrays=arrays,
-            seconds=time.perf_counter() - began,
-        )  # fmt: skip
-    else:
-        strategy = GeneFL(settings, native, folder=folder)
-        left = settings.rounds - strategy.progress.round
-        if left > 0:
-            strategy.start(metered, strategy.merged(), num_rounds=left, timeout=settings.timeout)
-        seconds = time.perf_counter() - began
-        numbers = range(len(strategy.progress.clusters)) if strategy.count else ()
-        learngenes = tuple(learngene_of(strategy, n, seconds=seconds, lines=metered.lines) for n in numbers)
-        outcome = Outcome(
-            history=tuple(dict(row) for row in strategy.progress.history), lines=tuple(metered.lines),
-            learngenes=learngenes, strategy=strategy, arrays=None, seconds=seconds,
-        )  # fmt: skip
-    if folder is not None:
+    metered = Metered(grid, folder / TRAFFIC if folder else None)
+    outcome = (_flowers_run if settings.strategy in FLOWERS else _our_run)(metered, settings, native, folder)
+    if folder is not None and not (outcome.done_before == len(outcome.history) and is_written(folder, outcome)):
         write_out(folder, outcome.learngenes, outcome.history, outcome.lines)
-    return outcome
+    return replace(outcome, seconds=time.perf_counter() - began)
+
+
+def is_written(folder: Path, outcome: Outcome) -> bool:
+    """Whether what this run leaves lies in the folder already."""
+    files = [folder / f"cluster-{n}" / name for n in range(len(outcome.learngenes)) for name in CLUSTER_FILES]
+    rounds = folder / ROUNDS
+    return all(path.is_file() for path in (rounds, *files)) and rounds.read_text() == rounds_text(outcome.history)
+
+
+def _our_run(grid: Metered, settings: Federation, native: Any, folder: Path | None) -> Outcome:
+    """The run of a strategy of ours."""
+    strategy = GeneFL(settings, native, folder=folder)
+    done = strategy.progress.round
+    if settings.rounds > done:
+        strategy.start(grid, strategy.merged(), num_rounds=settings.rounds - done, timeout=settings.timeout)
+    numbers = range(len(strategy.progress.clusters)) if strategy.count else ()
+    return Outcome(
+        history=tuple(dict(row) for row in strategy.progress.history), lines=tuple(grid.lines),
+        learngenes=tuple(learngene_of(strategy, number, lines=grid.lines) for number in numbers), strategy=strategy,
+        arrays=None, done_before=done, seconds=0.0,
+    )  # fmt: skip
 
 
 def classes_of(settings: Federation) -> int:
@@ -125,22 +141,22 @@ def rounds_of(settings: Federation, native: Any) -> int:
     return max(1, int(settings.rounds * ours / bytes_of(settings, native, None)))
 
 
-def _with_flowers(
-    grid: Metered, settings: Federation, native: Any, folder: Path | None
-) -> tuple[ArrayRecord, tuple[dict[str, float], ...]]:
-    """(the last model, the rounds) of Flower's own FedAvg or FedProx; every round is kept in ``folder``."""
+def _flowers_run(grid: Metered, settings: Federation, native: Any, folder: Path | None) -> Outcome:
+    """The run of Flower's own FedAvg or FedProx; every round is kept in ``folder``."""
     saved = (_saved.load(settings, folder) if folder else None) or Progress()
     state = initial_model(settings, native).state_dict()
     first = {name: state[name] for name in sent_names(native, None)}
     if saved.clusters:
         first = {name: torch.from_numpy(value) for name, value in saved.clusters[0].gene.items()}
     history: list[dict[str, float]] = [dict(row) for row in saved.history]
+    rounds = rounds_of(settings, native)
 
     def means(contents: list[RecordDict], weighted_by: str) -> MetricRecord:
         found = {}
         for name in ("accuracy", "accuracy-before", "loss"):
             found[name] = float(np.mean([content["metrics"][name] for content in contents]))  # type: ignore[index]
         history.append({"round": saved.round + len(history) - len(saved.history) + 1, "used": len(contents), **found})
+        tell_round(history[-1], rounds)
         return MetricRecord(found)
 
     def keep(round: int, arrays: ArrayRecord) -> None:
@@ -158,7 +174,7 @@ def _with_flowers(
     }  # fmt: skip
     prox = settings.strategy == "fedprox"
     strategy = FedProx(**common, proximal_mu=settings.mu) if prox else FedAvg(**common)
-    left = rounds_of(settings, native) - saved.round
+    left = rounds - saved.round
     arrays = to_record(first, settings.wire)
     if left > 0:
         config = ConfigRecord({"round-offset": saved.round, "epochs": settings.epochs, "lr": settings.lr})
@@ -169,7 +185,10 @@ def _with_flowers(
         if not history:
             raise TrainingError(f"{settings.strategy}: no client gave a reply in {left} rounds")
         arrays = result.arrays
-    return arrays, tuple(history)
+    return Outcome(
+        history=tuple(history), lines=tuple(grid.lines), learngenes=(), strategy=None, arrays=arrays,
+        done_before=saved.round, seconds=0.0,
+    )  # fmt: skip
 
 
 def welcome(outcome: Outcome, settings: Federation, grid: Grid, nodes: Sequence[int], *, epochs: int) -> dict[str, Any]:
@@ -210,9 +229,10 @@ def welcome(outcome: Outcome, settings: Federation, grid: Grid, nodes: Sequence[
 
 
 def _make(folder: Path) -> None:
-    from learngene_hub.errors import StoreError
-
+    """The folder of a run; where the server kept nothing in it, without the traffic of a run before."""
+    require_writable(folder, "out")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / _saved.FILE).exists():
+            (folder / TRAFFIC).unlink(missing_ok=True)
     except OSError as error:
-        raise StoreError(f"cannot make the folder {folder}: {error.strerror}; another out folder would work") from error
+        raise StoreError(f"cannot write into {folder}: {error.strerror}; another out folder would work") from error

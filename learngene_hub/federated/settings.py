@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,11 +10,21 @@ from typing import Any
 from learngene_hub._check import is_number, require_int
 from learngene_hub.errors import SettingsError
 
-OURS = ("gene-fl", "early", "late", "local")  # run by GeneFL; they differ in the layers that are sent
-FLOWERS = ("fedavg", "fedprox", "fedavg-bytes")  # run by Flower's own FedAvg and FedProx
-STRATEGIES = (*OURS, *FLOWERS)
+OURS: Mapping[str, str] = {  # run by GeneFL; they differ in the layers that are sent
+    "gene-fl": "the layers that losses hang on most, averaged per cluster; leaves a learngene per cluster",
+    "early": "a control: always the first layers, as many as gene-fl sends; leaves a learngene per cluster",
+    "late": "a control: always the last layers, as many; leaves a learngene per cluster",
+    "local": "a baseline: no weight is sent, each client trains alone; leaves no learngene",
+}
+FLOWERS: Mapping[str, str] = {  # run by Flower's own FedAvg and FedProx
+    "fedavg": "a baseline: Flower's FedAvg of the whole model; leaves no learngene",
+    "fedprox": "a baseline: Flower's FedProx of the whole model, with mu; leaves no learngene",
+    "fedavg-bytes": "a baseline: FedAvg stopped after the bytes that gene-fl sends in `rounds`, though never before "
+    "its first round, which may take more; leaves no learngene",
+}
+STRATEGIES: Mapping[str, str] = {**OURS, **FLOWERS}  # name -> what it sends and leaves
 CHOICES: Mapping[str, tuple[str, ...]] = {
-    "strategy": STRATEGIES,
+    "strategy": tuple(STRATEGIES),
     "partition": ("dirichlet", "labels", "domain"),
     "family": ("vit", "vgg"),
     "share": ("blocks", "everything"),
@@ -33,8 +44,8 @@ class Federation:
         SettingsError: a setting is out of its range.
     """
 
-    strategy: str = "gene-fl"  # one of STRATEGIES
-    rounds: int = 10  # of training and averaging
+    strategy: str = "gene-fl"  # what is sent, and what the run leaves
+    rounds: int = 10  # of training and averaging; of fedavg-bytes as many as its bytes allow, at least one
     seed: int = 0  # of the first model, which every client draws for itself, and of every other draw
     # Data, of a client.
     data: str = "signdigits"  # a sample, folder, parquet file or Hub data set; a SuperNode's own `data` goes before it
@@ -69,7 +80,9 @@ class Federation:
     threshold: float = 45.0  # degrees, of the average linkage, for clusters 0
     subspace: str = "features"  # of a frozen public encoder; pixels: raw, from which near-images may be recovered
     vectors: int = 3  # singular vectors per class
-    min_per_class: int = 20  # images; classes with fewer do not show in the subspace
+    min_per_class: int = (  # images that a class needs to show in the subspace; without one all images are one class,
+        20  # and a client with fewer in all tells none and joins the cluster of most clients
+    )
     noise: float = 0.0  # deviation of normal noise on the basis before it is sent, times 1 / sqrt(D)
     distance: str = "mean"  # of the principal angles, degrees; or the smallest
     far: float = (
@@ -93,7 +106,7 @@ class Federation:
     wait: float = 600.0  # seconds to wait for min_clients
     max_drift: float = 10.0  # updates more than so many times the cluster's median are left out
     out: str = ""  # folder of learngenes, traffic and plot; empty: nothing is written
-    client_state: str = ""  # folder for the private part of each client, to outlive a run; empty: Flower's memory alone
+    client_state: str = ""  # folder for clients' private parts, to outlive a run; empty: out/clients if simulated here
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -157,6 +170,7 @@ _LEAST: Mapping[str, int | float] = {
     "max_drift": 0.0,
 }  # fmt: skip
 _KINDS: Mapping[str, type] = {"str": str, "int": int, "float": float, "bool": bool}
+_KIND_WORDS: Mapping[str, str] = {"str": "a text", "int": "an int", "float": "a number", "bool": "true or false"}
 
 
 def federation(settings: Mapping[str, Any]) -> Federation:
@@ -166,8 +180,10 @@ def federation(settings: Mapping[str, Any]) -> Federation:
         SettingsError: an unknown name, or a value of another kind than the setting's.
     """
     kinds = {field.name: str(field.type) for field in fields(Federation)}
-    if unknown := sorted(settings.keys() - kinds.keys()):
-        raise SettingsError(f"no setting {unknown[0]!r:.60} of a federation; there are {', '.join(kinds)}")
+    if unknown := sorted(map(str, settings.keys() - kinds.keys())):
+        near = difflib.get_close_matches(unknown[0].replace("-", "_").lower(), kinds, n=1, cutoff=0.6)
+        known = f"did you mean {near[0]}?" if near else f"there are {', '.join(kinds)}"
+        raise SettingsError(f"no setting {unknown[0]!r:.60} of a federation; {known}")
     given = {}
     for name, value in settings.items():
         wanted = kinds[name]
@@ -178,6 +194,6 @@ def federation(settings: Mapping[str, Any]) -> Federation:
         if wanted == "int" and isinstance(value, float) and value.is_integer():
             value = int(value)
         if type(value) is not _KINDS[wanted]:
-            raise SettingsError(f"{name} {value!r:.60} asked; it is a {wanted}")
+            raise SettingsError(f"{name} {value!r:.60} asked; it is {_KIND_WORDS[wanted]}")
         given[name] = value
     return Federation(**given)

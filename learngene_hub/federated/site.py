@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from learngene_hub.federated.partition import partition
 from learngene_hub.federated.settings import Federation
 
 AFTER, BEFORE = "private", "private-before"  # records of context.state: the network after a round, and before it
+CLIENT_FILE = "client-{}.npz"  # in `client_state`, by the client's number
 XI = {AFTER: "xi", BEFORE: "xi-before"}
 
 
@@ -86,13 +88,14 @@ class Site:
     shape: Any  # of the client's own network
 
     @classmethod
-    def of(cls, settings: Federation, context: Context) -> Site:
-        """The client that Flower's node is: ``partition-id`` of ``num-partitions``, or ``data``, its own images.
+    def of(cls, settings: Federation, node: Mapping[str, Any]) -> Site:
+        """The client that a node with this node_config is: ``partition-id`` of ``num-partitions``, or ``data``, its own
+        images.
 
         Raises:
-            DataError: no images there, or too few.
+            DataError: no images there, or too few, or more classes than the run has.
+            SettingsError: ``held_out`` leaves none to train on.
         """
-        node = context.node_config
         client = int(node.get("partition-id", 0))
         if "data" in node:
             images = whole_data(str(node["data"]), settings.split, settings.image_size, settings.limit, settings.seed)
@@ -101,8 +104,11 @@ class Site:
         draw = torch.Generator().manual_seed(seed_of("held out", settings.seed, client))
         train, test = images.split(settings.held_out, draw)
         classes = settings.classes or len(images.classes)
-        if len(images.classes) > classes:
-            raise DataError(f"{images.name} has {len(images.classes)} classes; the run's classifier has {classes}")
+        if (there := len(images.classes)) > classes:
+            raise DataError(
+                f"classes {classes} asked; {images.name} has {there}: classes={there}, or 0 where the server has the "
+                "data too, would work"
+            )
         native = native_shape(settings, classes)
         shape = client_shape(settings, native, client)
         return cls(settings=settings, client=client, train=train, test=test, native=native, shape=shape)
@@ -135,9 +141,18 @@ class Site:
         state["round"] = ConfigRecord({"round": round})
         self._write(context)
 
+    def require_place(self) -> None:
+        """Nothing, where the private part can be kept as the settings ask.
+
+        Raises:
+            StoreError: ``client_state`` cannot be written.
+        """
+        if self.settings.client_state:
+            require_writable(Path(self.settings.client_state), "client_state")
+
     def _path(self) -> Path | None:
         folder = self.settings.client_state
-        return Path(folder) / f"client-{self.client}.npz" if folder else None
+        return Path(folder) / CLIENT_FILE.format(self.client) if folder else None
 
     def _write(self, context: Context) -> None:
         path, state = self._path(), context.state
@@ -162,6 +177,22 @@ class Site:
             state[record] = ArrayRecord(own) if own else ArrayRecord()
             state[XI[record]] = MetricRecord({"xi": [float(x) for x in arrays[XI[record]]]})
         state["round"] = ConfigRecord({"round": int(arrays["round"])})
+
+
+def require_writable(folder: Path, setting: str) -> None:
+    """Makes the folder, where it is missing, and sure that files can be written into it, by one that is gone at once.
+
+    Raises:
+        StoreError: they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        raise StoreError(
+            f"{setting} {folder} asked; it cannot be written ({error.strerror}): a folder of your own would work"
+        ) from error
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -6,6 +6,8 @@
                 xi_k <- (1 - a) xi_k + a sum_i (n_i / n) xi_i;
                 until ``freeze_round`` S_k = the top q layers of xi_k, then it stays
     newcomer    tells its subspace, joins the nearest cluster, gets one learngene
+    few images  a client that has no class of ``min_per_class`` images tells the subspace of all its images; with fewer
+                in all it tells none and joins the largest cluster (our reading); both are told at WARNING
 
 A layer that is chosen anew has no Theta yet: it is asked for, not sent, and the first average is one of the clients'
 own versions. The controls "early" and "late" send the first or last q layers, "local" none; ``share="everything"`` adds
@@ -28,13 +30,23 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
-from torch import Tensor
 
 from learngene_hub.data import seed_of
 from learngene_hub.errors import TrainingError
-from learngene_hub.federated import _saved, subspace
-from learngene_hub.federated._introduction import read_introduction
-from learngene_hub.federated._round import LeftOut, Reply, average, means_of, read_reply, weights_of, without_outliers
+from learngene_hub.federated import _saved
+from learngene_hub.federated._introduction import Introduction, read_introduction, small
+from learngene_hub.federated._membership import joined
+from learngene_hub.federated._round import (
+    LOG,
+    LeftOut,
+    Reply,
+    average,
+    means_of,
+    read_reply,
+    tell_round,
+    weights_of,
+    without_outliers,
+)
 from learngene_hub.federated._saved import Cluster, Progress
 from learngene_hub.federated.client import NONE, to_record
 from learngene_hub.federated.models import count_of, initial_model, sent_names
@@ -80,7 +92,7 @@ class GeneFL(Strategy):
             Message(RecordDict({"config": ConfigRecord(dict(config))}), dst_node_id=node, message_type="query.subspace")
             for node in nodes
         ]
-        told = {}
+        told: dict[int, Introduction] = {}
         for reply in grid.send_and_receive(messages, timeout=self.settings.timeout):
             found = read_introduction(reply, self.layers, self.progress.bases, sought=self.settings.clusters != 1)
             if isinstance(found, LeftOut):
@@ -89,27 +101,15 @@ class GeneFL(Strategy):
                 told[reply.metadata.src_node_id] = found
         if not told:
             return
-        clients = {**self.progress.clients, **{node: client for node, (_, _, client) in told.items()}}
-        self.progress = replace(self.progress, clients=clients)
-        told = {node: told[node] for node in self.in_order(told)}
-        bases = {node: basis for node, (basis, _, _) in told.items() if basis is not None}
-        xi = {node: shares for node, (_, shares, _) in told.items()}
-        member = dict(self.progress.member)
+        told = {node: told[node] for node in sorted(told, key=lambda node: (told[node].client, node))}
+        for one in told.values():
+            if said := small(one, self.settings):
+                LOG.warning(said)
         first = not self.progress.clusters
-        if first and self.settings.clusters != 1:
-            order = list(bases)
-            apart = subspace.distances([bases[node] for node in order], self.settings.distance)
-            found_of = subspace.agglomerate(apart, clusters=self.settings.clusters, threshold=self.settings.threshold)
-            member |= dict(zip(order, found_of, strict=True))
-        else:
-            member |= {node: self.nearest(bases.get(node)) for node in told}
-        self.progress = replace(
-            self.progress, member=member, bases={**self.progress.bases, **bases}, xi={**self.progress.xi, **xi}
-        )
+        self.progress = joined(self.progress, told, self.settings, set(grid.get_node_ids()))
         if first:
-            self.progress = replace(
-                self.progress, clusters=tuple(map(self._first_cluster, range(max(member.values()) + 1)))
-            )
+            numbers = range(max(self.progress.member.values()) + 1)
+            self.progress = replace(self.progress, clusters=tuple(map(self._first_cluster, numbers)))
 
     def in_order(self, nodes: Iterable[int]) -> list[int]:
         """Nodes by the clients' own numbers: Flower draws the nodes' numbers anew in every run."""
@@ -121,23 +121,6 @@ class GeneFL(Strategy):
         shares = np.mean([self.progress.xi[node] for node in members if node in self.progress.xi], axis=0)
         blocks = self.choose(shares.tolist())
         return Cluster(blocks=blocks, xi=tuple(shares.tolist()), gene={n: self.first[n] for n in self.names(blocks)})
-
-    def nearest(self, basis: Tensor | None) -> int:
-        """The cluster of a client that joins later; -1: none is close (``far``), it takes the global gene."""
-        if basis is None or self.settings.clusters == 1:
-            return 0
-        groups = self.bases_by_cluster()
-        number, apart = subspace.nearest(basis, groups, self.settings.distance)
-        within = subspace.intra(groups[number], self.settings.distance)
-        return -1 if self.settings.far and within and apart > self.settings.far * within else number
-
-    def bases_by_cluster(self) -> dict[int, list[Tensor]]:
-        """The subspaces of each cluster's clients."""
-        groups: dict[int, list[Tensor]] = {}
-        for node, basis in self.progress.bases.items():
-            if self.progress.member.get(node, -1) >= 0:
-                groups.setdefault(self.progress.member[node], []).append(basis)
-        return groups
 
     # --- what is sent -------------------------------------------------------------------------------------------
 
@@ -251,6 +234,7 @@ class GeneFL(Strategy):
         )
         if self.folder is not None:
             _saved.save(self.progress, self.settings, self.folder)
+        tell_round(told, self.settings.rounds)
         return self.merged(), MetricRecord({name: value for name, value in told.items() if name != "round"})
 
     def _usable(self, number: int, messages: Sequence[Message]) -> list[Reply]:
@@ -275,7 +259,7 @@ class GeneFL(Strategy):
         blocks = self.choose(xi.tolist()) if round < self.settings.freeze_round else cluster.blocks
         kept = set(self.names(blocks))
         return Cluster(
-            blocks=blocks, xi=tuple(xi.tolist()), images=images,
+            blocks=blocks, xi=tuple(xi.tolist()), images=images, measured=means_of(replies),
             gene={name: value for name, value in gene.items() if name in kept},
         )  # fmt: skip
 

@@ -11,7 +11,8 @@ and makes the singular values cosines) and the mean over all angles (clients hav
 reading.
 
 Privacy: vectors of raw pixels can show near-images of a class with few samples. Features of a frozen public encoder are
-the default, classes of fewer than ``min_per_class`` images do not show, and noise can be added.
+the default, classes of fewer than ``min_per_class`` images do not show, and noise can be added. Of a client without a
+larger class the basis is that of all its images as one class, if they are ``min_per_class``; else there is none.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from learngene_hub.errors import DataError
+
+SHARED = 1.5  # members that must have a direction before it is told
 
 
 def class_basis(x_ND: Tensor, labels_N: Tensor, *, vectors: int, min_per_class: int) -> Tensor:
@@ -38,6 +41,11 @@ def class_basis(x_ND: Tensor, labels_N: Tensor, *, vectors: int, min_per_class: 
     large = [group for group in groups if len(group) >= min_per_class] or [x_ND]
     found = [torch.linalg.svd(group.double().T, full_matrices=False)[0][:, :vectors] for group in large]
     return orthonormal(torch.cat(found, dim=1)).float()
+
+
+def large_classes(labels_N: Tensor, min_per_class: int) -> int:
+    """How many classes have ``min_per_class`` images or more."""
+    return int((labels_N.unique(return_counts=True)[1] >= min_per_class).sum())
 
 
 def orthonormal(v_DM: Tensor) -> Tensor:
@@ -115,3 +123,16 @@ def mean_subspace(members: Sequence[Tensor], size: int) -> tuple[Tensor, Tensor]
     u, s, _ = torch.linalg.svd(stacked, full_matrices=False)
     kept = min(size, int((s > 1e-6).sum()))
     return u[:, :kept].float().contiguous(), (s[:kept] ** 2).float()
+
+
+def shared_subspace(members: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """``mean_subspace`` of n members without what is one member's own; None where nothing is left, as of one member.
+
+    A direction that one member alone has has eigenvalue 1 / n, and its vector is that member's; kept are those of
+    SHARED / n and more, which another has by half too.
+    """
+    if len(members) < 2:
+        return None
+    basis, spread = mean_subspace(members, max(member.shape[1] for member in members))
+    kept = int((spread >= SHARED / len(members)).sum())
+    return (basis[:, :kept].contiguous(), spread[:kept]) if kept else None

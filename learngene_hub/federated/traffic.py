@@ -3,12 +3,14 @@
 ``Metered`` is a Grid around a Grid: whatever strategy sends through it is counted, Flower's own FedAvg like ours. A
 line of the JSONL is one message that a client got or gave in one round; kinds are "start-up" (subspaces), "round" and
 "newcomer". Sizes are ``count_bytes`` of the records: .npy data with its header, and the names. Metadata, TLS and
-retransmissions are not in them.
+retransmissions are not in them. A run that goes on reads its earlier lines back, so that totals are of all its rounds;
+a round that had to be repeated was sent twice, and counts twice.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,8 +45,13 @@ class Metered(Grid):
     """A Grid that counts what passes through another one."""
 
     def __init__(self, grid: Grid, path: Path | None = None) -> None:
-        """``path``: JSONL that lines are added to as rounds end."""
-        self.inner, self.path, self.lines = grid, path, []  # type: ignore[var-annotated]
+        """``path``: JSONL that lines are added to as rounds end; those that are there are the first of ``lines``.
+
+        Raises:
+            StoreError: as ``read_lines``.
+        """
+        self.inner, self.path = grid, path
+        self.lines = read_lines(path) if path is not None else []
 
     def set_run(self, run) -> None:  # type: ignore[no-untyped-def]
         self.inner.set_run(run)
@@ -101,6 +108,35 @@ def append_lines(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error.strerror}; another out folder would work") from error
+
+
+def read_lines(path: Path) -> list[Sent]:
+    """The lines of a JSONL file; none where there is no file. A last line that was cut off (the server was killed while
+    it wrote) is removed from the file.
+
+    Raises:
+        StoreError: it cannot be read, or a line is none of ``Sent``.
+    """
+    try:
+        written = path.read_bytes() if path.exists() else b""
+        whole = written[: written.rfind(b"\n") + 1]
+        if whole != written:
+            os.truncate(path, len(whole))
+    except OSError as error:
+        raise StoreError(f"cannot read {path}: {error.strerror}; another out folder would work") from error
+    found = []
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            row = Sent(**json.loads(line))
+            if not all(type(getattr(row, name)) is int for name in ("round", "down", "up")):
+                raise TypeError("a number is none")
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"{path}, line {number}, is no line of traffic; without that file the run goes on, and its totals are "
+                "of the rounds to come"
+            ) from error
+        found.append(row)
+    return found
 
 
 def totals(lines: Iterable[Sent]) -> dict[str, int]:
