@@ -5,7 +5,9 @@
 over w and the head alone, 60 steps of Adam at 1e-2 from w = s times the shares, where s is the one of 0.3, 0.5, 0.7
 and 1 whose features a head reads best on held-out images (5 folds). The head starts as the one that was fitted to all
 of the task's images, so that w is moved by what the images need and not by a head that knows nothing (our addition; and
-the steps take at most BATCH images each, where the specification leaves it open).
+the steps take at most BATCH images each, where the specification leaves it open). Where s = 0, the anchor alone, is
+read as well as the best of them, or better, nothing is added and nothing trained: the specification does not say what
+then, and what does not help on images that were held out only moves the descendant away from what it would inherit.
 
 Everything is done after expansion: ``expand`` is affine, so the weights of W are those of the anchor and differences.
 """
@@ -61,11 +63,19 @@ def amounts(
     scores = {
         s: held_out(seen_ND, task.labels, len(task.classes), seed) for s, seen_ND in [(0.0, plain_ND), *seen.items()]
     }
+    told = {f"{s:g}": round(score, 6) for s, score in scores.items()}
+    if is_anchor_best(told):
+        return {}, told
     best = min(SCALES, key=lambda s: (scores[s], s))
     (head,) = fitted_heads(seen[best], task.labels, len(task.classes), torch.ones(1, len(task)))
     w = trained(mixture, model, task, pool, best * start, head, seed)
-    kept = {sha256: float(weight) for sha256, weight in zip(shares, w, strict=True) if weight >= FLOOR}
-    return kept, {f"{s:g}": round(score, 6) for s, score in scores.items()}
+    return {sha256: float(weight) for sha256, weight in zip(shares, w, strict=True) if weight >= FLOOR}, told
+
+
+def is_anchor_best(scores: Mapping[str, float]) -> bool:
+    """Whether held-out images are read from the anchor alone, "0", as well as from any mixture, or better; not known
+    without labels, which leave no scores."""
+    return bool(scores) and scores["0"] <= min(score for s, score in scores.items() if s != "0")
 
 
 class Mixture(NamedTuple):

@@ -531,7 +531,7 @@ def select(
     learngene select mypool --data photos/ --unlabelled --k 1 --json
     learngene select mypool --data photos/ --out mixed; learngene finetune mixed --depth 6 --data photos/ --out tuned
     """
-    from learngene_hub._pool_amounts import FLOOR
+    from learngene_hub._pool_amounts import FLOOR, is_anchor_best
     from learngene_hub.hub import pull_pool
 
     if path is not None:
@@ -560,6 +560,11 @@ def select(
         out.facts(facts, key="pool")
     if found.abstained:
         out.note(f"{data} is like none of the entries: the anchor alone is selected; --tolerance 2 allows more")
+    elif not entries and rule == "tals" and is_anchor_best(found.scores):
+        out.note(
+            f"{data} looks like some of the entries, but images of it that were held out are read as well "
+            "without them: the anchor alone is selected; --unlabelled takes the weights from the shares"
+        )
     elif not entries and rule == "tals":
         out.note(
             f"{data} looks like some of the entries, but all weights fell below the least, {FLOOR:g}: the anchor alone "

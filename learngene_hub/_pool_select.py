@@ -6,7 +6,8 @@
    hundred images lie so near their own key that every task but more of the same data would be refused, and tasks twice
    as far were found to gain much from increments).
 2. Amounts, where there are labels (``_pool_amounts.py``): a short training of the weights and a head, from
-   s times the shares, s by cross-validation. Without labels the weights are half of the shares.
+   s times the shares, s by cross-validation; nothing, where the anchor alone does as well (our reading). Without labels
+   the weights are half of the shares.
 
 The same images and seed give the same selection. Source: our reading of TALS, see ``methods/adaptive``.
 """

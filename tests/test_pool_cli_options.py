@@ -196,16 +196,21 @@ def test_a_shape_that_extract_refuses_names_a_command_that_works(here: Path, run
 
 
 def test_an_empty_selection_says_why(mine: Path, run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {"0": 0.7, "0.3": 0.6, "1": 0.8}
+
     def chosen(self: Pool, *_: Any, **__: Any) -> pool.Selection:
         return pool.Selection(
             anchor=self.anchor.digest, pool=self.manifest.digest, entries=(), abstained=False, residual=0.1,
-            threshold=0.2, images=20, labelled=True,
+            threshold=0.2, images=20, labelled=True, scores=scores,
         )  # fmt: skip
 
     monkeypatch.setattr(Pool, "select", chosen)
     found = run("select", "mine", "--data", "signdigits", "--limit", 20)
     assert found.code == 0 and "entries\t-\n" in found.out
     assert "all weights fell below the least, 0.05: the anchor alone is selected" in found.err
+    scores["0"] = 0.6
+    found = run("select", "mine", "--data", "signdigits", "--limit", 20)
+    assert "images of it that were held out are read as well without them: the anchor alone is selected" in found.err
     assert "rule nearest selects no entry" in run("select", "mine", "--data", "signdigits", "--rule", "nearest").err
     assert run("select", "mine", "--data", "signdigits", "--json").json()["entries"] == []
 

@@ -266,6 +266,27 @@ def test_an_increment_that_does_nothing_is_dropped_and_one_that_helps_is_kept(tm
     assert scores["1"] < scores["0"]
 
 
+def test_where_the_anchor_alone_does_as_well_nothing_is_added(six: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against scores that are given: the first is that of the anchor."""
+    task, given = mixed((2, 5), 8), list[float]()
+
+    def held_out(*_: Any) -> float:
+        return given.pop(0)
+
+    monkeypatch.setattr(_pool_amounts, "held_out", held_out)
+    for scores, added in (
+        ([0.5, 0.6, 0.6, 0.7, 0.9], False),
+        ([0.5, 0.6, 0.5, 0.7, 0.9], False),
+        ([0.5, 0.6, 0.4, 0.7, 0.9], True),
+    ):
+        given[:] = scores
+        found = six.select(task)
+        assert not found.abstained and list(found.scores.values()) == scores
+        assert bool(found.entries) is added
+    given[:] = [0.5, 0.6, 0.5, 0.7, 0.9]
+    assert six.merge(six.select(task)).digest == six.anchor.digest
+
+
 def two_looks(each: int, seed: int = 0) -> Images:
     """Images of two looks; which of them is the label."""
     pixels = torch.cat([look(kind, each, seed=seed).pixels for kind in (1, 2)])
