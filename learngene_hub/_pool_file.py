@@ -63,6 +63,18 @@ class Row:
             raise ArtefactError(f"{self.name} has {short(self.bytes)} bytes; a whole number is needed")
 
 
+def name_after(called: str) -> str:
+    """A name for an entry, after what its data are called: of letters, digits, '.', '_' and '-'.
+
+    Raises:
+        SettingsError: nothing is left.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", called).strip("._-")[:64].rstrip("._-")
+    if not name:
+        raise SettingsError(f"no entry can be named after {called!r:.80}; a name of your own (--name NAME) would work")
+    return name
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """What a pool is, and what is in it. The order of the entries is that in which they were added."""
