@@ -31,7 +31,7 @@ from typing import Any
 from learngene_hub._check import require_int
 from learngene_hub._format import FILE_NAME, MAX_BYTES, ODD, SHA256, naming, one_line, opened, short, shown
 from learngene_hub._lock import locked
-from learngene_hub.errors import ArtefactError, LearngeneError, SettingsError, StoreError
+from learngene_hub.errors import ArtefactError, LearngeneError, NoPoolError, SettingsError, StoreError
 from learngene_hub.methods._adaptive_key import Space
 from learngene_hub.methods._adaptive_merge import FORMS
 
@@ -174,11 +174,12 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         ArtefactError: it is none.
-        StoreError: there is no pool, or it cannot be read.
+        NoPoolError: there is no pool.
+        StoreError: it cannot be read.
     """
     path = folder / MANIFEST
     if not path.exists():
-        raise StoreError(f"{shown(folder)} is not a pool: it has no {MANIFEST}; `learngene pool create` makes one")
+        raise NoPoolError(f"{shown(folder)} is not a pool: it has no {MANIFEST}; `learngene pool create` makes one")
     with naming(path), opened(path) as (file, size):
         if size > MAX_MANIFEST:
             raise ArtefactError(f"{size} bytes; a manifest has at most {MAX_MANIFEST}")

@@ -13,16 +13,12 @@ from typing import TYPE_CHECKING
 from learngene_hub import _pool_file
 from learngene_hub._format import shown
 from learngene_hub._pool_file import Manifest, Row
-from learngene_hub.errors import ArtefactError, SettingsError, StoreError
+from learngene_hub.errors import ArtefactError, NameTakenError, StoreError
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods.adaptive import Adaptive
 
 if TYPE_CHECKING:
     from learngene_hub.pool import Pool
-
-
-class NameTakenError(SettingsError):
-    """Another process gave an entry's name to one of its own during the training; what was trained is kept."""
 
 
 def put(pool: Pool, learngene: Learngene, name: str) -> Pool:

@@ -106,7 +106,7 @@ class Pool:
         """The pool in a folder, its manifest and its anchor checked; its entries are checked when they are read.
 
         Raises:
-            StoreError: there is none, or it cannot be read.
+            NoPoolError: there is none; StoreError: it cannot be read.
             ArtefactError: it was edited, or a file is missing; DigestError: the anchor is another one.
         """
         place = Path(folder)
@@ -274,8 +274,9 @@ class Pool:
 
         Raises:
             DataError: images of another size or channels than the pool's, or too few.
-            SettingsError: the name is taken, or a projection above the limit. Where another process took the name
-                during the training, what was trained is kept in a file that the error names, for ``adopt``.
+            SettingsError: the name is taken, or a projection above the limit.
+            NameTakenError: another process took the name during the training; what was trained is kept in a file that
+                the error names, for ``adopt``.
             ShapeError: an ancestor of another shape than the anchor.
         """
         if not isinstance(images, Images):

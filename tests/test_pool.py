@@ -21,12 +21,12 @@ from pools import ONCE, TINY, anchor_of, files_of, look, noise_images, pool_of
 
 from learngene_hub import factory
 from learngene_hub._pool_file import MANIFEST, Manifest, Row, parse, place_of
-from learngene_hub._pool_write import NameTakenError
 from learngene_hub.errors import (
     ArtefactError,
     DataError,
     DigestError,
     LearngeneError,
+    NameTakenError,
     RegistryError,
     SettingsError,
     ShapeError,
