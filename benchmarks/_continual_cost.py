@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from _continual_data import Sources, corpus, joined, of_classes, per_class, reci
 from _continual_growth import BASE, open_learngene, stored
 from safetensors.torch import load_file, save_file
 
+from learngene_hub import _pool_amounts
 from learngene_hub.factory import expand, finetune
 from learngene_hub.pool import Pool
 from learngene_hub.training import Recipe
@@ -77,11 +79,18 @@ def peak_megabytes() -> float:
     return round(int(told[0] if told else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024, 1)
 
 
+def _never(scores: Mapping[str, float]) -> bool:
+    """That the amounts are always trained: what a selection costs at most."""
+    del scores
+    return False
+
+
 def selected(folder: Path, size: int, images: Path) -> dict[str, Any]:
     """One selection from the first ``size`` entries, in this process: seconds, and the most memory it ever had."""
     pool = Pool.load(folder)
     pool = replace(pool, manifest=replace(pool.manifest, entries=pool.manifest.entries[:size]))
     task = load_file(images)
+    _pool_amounts.is_anchor_best = _never  # entries of one update help no task, and what they cost would not be seen
     before = peak_megabytes()
     began, worked = time.perf_counter(), time.process_time()
     found = pool.select(task["pixels"], task["labels"], tolerance=NEVER)

@@ -57,6 +57,23 @@ def learning() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def plain_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Attention as plain matrix products inside, on a CPU; as it was outside.
+
+    timm's blocks ask torch for fused attention. On a GPU that is faster; on a CPU, at the few tokens of small images,
+    its backward pass is slow, and slowest in bf16 (benchmarks/README.md).
+    """
+    fused = [m for m in model.modules() if getattr(m, "fused_attn", False)] if device.type == "cpu" else []
+    try:
+        for module in fused:
+            module.fused_attn = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True  # type: ignore[assignment]
+
+
 class Run:
     """What one call of `fit` holds between updates."""
 
@@ -187,24 +204,6 @@ class Run:
             yield
         finally:
             switch(before)
-
-    @contextlib.contextmanager
-    def plain_attention(self) -> Iterator[None]:
-        """Attention as plain matrix products inside, on a CPU; as it was outside.
-
-        timm's blocks ask torch for fused attention. On a GPU that is faster; on a CPU, at the few tokens of small
-        images, its backward pass is slow in bf16 (benchmarks/README.md).
-        """
-        fused = (
-            [m for m in self.model.modules() if getattr(m, "fused_attn", False)] if self.device.type == "cpu" else []
-        )
-        try:
-            for module in fused:
-                module.fused_attn = False  # type: ignore[assignment]
-            yield
-        finally:
-            for module in fused:
-                module.fused_attn = True  # type: ignore[assignment]
 
     def versions(self) -> int:
         """A number that changes when anybody writes into the parameters or buffers."""

@@ -49,7 +49,7 @@ def simple(
         if rule == "nearest":
             scores[row.name] = -float((Key.of(learngene.tensors).mean - key.mean).norm())
         else:
-            state = Mixture.of(pool, [row.sha256], tuple(model.state_dict())).state(torch.ones(1))
+            state = Mixture.of(pool, [row.sha256], model).state(torch.ones(1))
             seen = _pool_features.features(model, task, pool.anchor, state)
             scores[row.name] = logme(seen, task.labels, len(task.classes))
     best = max(reversed(scores), key=lambda name: scores[name])  # of equal ones the newer

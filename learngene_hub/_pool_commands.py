@@ -3,55 +3,24 @@
 from __future__ import annotations
 
 import functools
-import math
-import os
-import re
 import shlex
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from learngene_hub import errors
-from learngene_hub._command import (
-    DataOption,
-    DtypeOption,
-    LimitOption,
-    PrecisionOption,
-    SeedOption,
-    SkipOption,
-    require_dtype,
-    require_new,
-    require_place,
-    tell_skipped,
-    verb,
-)
+from learngene_hub._command import SeedOption, verb
 from learngene_hub._output import Output
-from learngene_hub._resume import IMAGE_SIZE, STATE, goes_on, interruptible
+from learngene_hub._pool_add import add
+from learngene_hub._pool_choose import select
+from learngene_hub._pool_options import ElsewhereError, PoolArgument, facts_of
+from learngene_hub._resume import IMAGE_SIZE
 
 if TYPE_CHECKING:
-    from torch import nn
-
-    from learngene_hub.data import Images
     from learngene_hub.learngene import Learngene
-    from learngene_hub.pool import Pool
     from learngene_hub.pool import Row as Row
-    from learngene_hub.training import Recipe, StateDir, Step
-
-PoolArgument = Annotated[
-    str, typer.Argument(metavar="POOL", help="The folder of a pool, a registry name, or ORG/REPO[@REVISION].")
-]
-SplitOption = Annotated[str, typer.Option("--split", help="The split of the data to use.")]
-WHOLE = {errors.ArtefactError: "learngene pool verify {name}"}  # of commands whose NAME is a pool
-SPLITS = re.compile(r"(train|training|test|val|valid|validation|dev|data)(-.*)?")  # files and folders so called
-
-
-class ElsewhereError(errors.StoreError):
-    """A pool that is asked for is not in a folder of one's own."""
-
 
 app = typer.Typer(
     name="pool",
@@ -98,7 +67,7 @@ def create(
     pool = Pool.create(
         folder, anchor, topology=topology, entry=entry, components=components, image_size=pixels, seed=seed
     )
-    out.facts(_facts(pool), key="path")
+    out.facts(facts_of(pool), key="path")
     own = anchor.shape.image_size
     if image_size is None:
         other = f", as all commands take where none is asked; --image-size {own} takes the anchor's own"
@@ -110,259 +79,6 @@ def _usual_size(anchor: Learngene) -> int | None:
     """The size of images that all commands take, where the anchor's patches tile it; None: the anchor's."""
     patch = getattr(anchor.shape, "patch", 0)
     return IMAGE_SIZE if patch and IMAGE_SIZE % patch == 0 else None
-
-
-def add(
-    out: Output,
-    folder: Annotated[str, typer.Argument(metavar="POOL", help="The folder of a pool.")],
-    data: Annotated[
-        str | None, typer.Option("--data", help="A sample (signdigits), parquet or image folder, or Hub data set.")
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option("--name", help="Of the entry; made from that of the data if left out.")
-    ] = None,
-    entry: Annotated[
-        Path | None, typer.Option("--entry", metavar="FILE", help="Take this increment, of a copy of the pool.")
-    ] = None,
-    ancestor: Annotated[
-        str | None, typer.Option("--ancestor", help="Project this model, finetuned from the anchor; no training.")
-    ] = None,
-    ancestor_weights: Annotated[
-        Path | None, typer.Option("--ancestor-weights", help="A .safetensors file, for a model named as timm does.")
-    ] = None,
-    limit_residual: Annotated[
-        float | None, typer.Option("--max-residual", help="Refuse a projection that leaves out more, a share [0.6].")
-    ] = None,
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Passes over the images [30; with --ancestor none].")
-    ] = None,
-    lr: Annotated[float | None, typer.Option("--lr", help="Peak learning rate [0.0008].")] = None,
-    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Images per update [64].")] = None,
-    precision: PrecisionOption = "fp32",
-    dtype: DtypeOption = "float32",
-    split: SplitOption = "train",
-    limit: LimitOption = None,
-    skip_unreadable: SkipOption = False,
-    seed: SeedOption = 0,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted training.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Start afresh where a training was interrupted.")] = False,
-) -> None:
-    """Add an entry: train an increment on new data alone, with all that is there frozen.
-
-    Nothing that the pool holds is changed, and no earlier data is needed. With --ancestor the increment is the nearest
-    to a model that was finetuned already, in closed form; with --epochs too, training begins there. An interrupted
-    training goes on with the same command and --resume; what was done of the last epoch is lost.
-
-    \b
-    learngene pool add mypool --data photos/ --epochs 30
-    learngene pool add mypool --data photos/ --epochs 30 --resume
-    learngene pool add mypool --data photos/ --name photos-2 --ancestor trained
-    learngene pool add mypool --entry theirs/entries/0123.safetensors --name theirs
-    """
-    from learngene_hub._pool_grow import LIMIT
-
-    training = {"--epochs": epochs, "--lr": lr, "--batch-size": batch_size}
-    training |= {"--precision": _unless(precision, "fp32"), "--resume": resume or None, "--yes": yes or None}
-    reading = {"--split": _unless(split, "train"), "--limit": limit, "--skip-unreadable": skip_unreadable or None}
-    projecting = {"--ancestor": ancestor, "--ancestor-weights": ancestor_weights, "--max-residual": limit_residual}
-    rest = {"--dtype": _unless(dtype, "float32"), "--seed": seed or None}
-    _require_together(data, entry, projecting, training, reading | rest)
-    began, pool = time.perf_counter(), _own(folder)
-    if entry is not None:
-        pool = pool.adopt(_increment(entry), name or _name_of(entry.stem[:12], str(entry)))
-        _tell_added(out, pool, folder, pool.names[-1], began)
-        return
-    chosen = name or _name_of(_called(str(data)), str(data))
-    trained = ancestor is None or epochs is not None
-    state = _state_of(folder, chosen)
-    if resume and chosen in pool.names:
-        shutil.rmtree(state, ignore_errors=True)  # of a run that was killed after its last write
-        _tell_added(out, pool, folder, chosen, began)
-        out.note(f"{chosen} is finished already; nothing is left to resume")
-        return
-    if trained and not goes_on(out, state, resume=resume, yes=yes):
-        shutil.rmtree(state, ignore_errors=True)
-    with interruptible(out, state):
-        images = _images(pool, str(data), split, limit, skip_unreadable)
-        tell_skipped(out, images)
-        model = _ancestor(ancestor, ancestor_weights)
-        pool = pool.add(
-            images,
-            name=chosen,
-            recipe=_recipe(epochs, lr, batch_size, precision, seed) if trained else None,
-            ancestor=model,
-            limit=LIMIT if limit_residual is None else limit_residual,
-            dtype=require_dtype(dtype),
-            watch=_watching(out, chosen),
-            state_dir=_kept(state, model) if trained else None,
-        )
-    if trained:
-        shutil.rmtree(state, ignore_errors=True)
-    _tell_added(out, pool, folder, chosen, began)
-
-
-def _unless(value: str, default: str) -> str | None:
-    """What was asked, where it is not what is taken anyway."""
-    return None if value == default else value
-
-
-def _require_together(
-    data: str | None,
-    entry: Path | None,
-    projecting: Mapping[str, Any],
-    training: Mapping[str, Any],
-    others: Mapping[str, Any],
-) -> None:
-    """Refuse options of ``pool add`` beside which another has no effect.
-
-    Raises:
-        typer.BadParameter: there are two, which it names; or a share that is none.
-        SettingsError: neither data nor an entry is asked.
-    """
-
-    def given(options: Mapping[str, Any]) -> list[str]:
-        return [option for option, value in options.items() if value is not None]
-
-    limit, epochs = projecting["--max-residual"], training["--epochs"]
-    if entry is not None:
-        if found := given({"--data": data, **projecting, **training, **others}):
-            raise typer.BadParameter(
-                f"--entry and {found[0]} asked; an increment that is made already is taken as it is: leave out one"
-            )
-        return
-    if data is None:
-        raise errors.SettingsError("neither --data nor --entry asked; give one of them")
-    if limit is not None and not (math.isfinite(limit) and 0 <= limit <= 1):
-        raise typer.BadParameter(f"--max-residual {limit:g} asked; it is a share, from 0 to 1")
-    if projecting["--ancestor"] is None:
-        if limit is not None:
-            raise typer.BadParameter("--max-residual asked without --ancestor, whose projection it judges; add it")
-    elif epochs is None and (found := given(training)):
-        raise typer.BadParameter(
-            f"{found[0]} asked with --ancestor and without --epochs: nothing is trained then; --epochs 5 trains"
-        )
-    elif epochs is not None and limit is not None:
-        raise typer.BadParameter(
-            "--max-residual and --epochs asked; training goes on from any projection: leave out one of them"
-        )
-
-
-def _own(folder: str) -> Pool:
-    """The pool in a folder on this machine.
-
-    Raises:
-        ElsewhereError: there is no such folder, and the name is one of a repository or of the registry.
-        StoreError, ArtefactError: as ``Pool.load``.
-    """
-    from learngene_hub.hub import is_repository, known
-    from learngene_hub.pool import Pool
-
-    if not Path(folder).exists() and (is_repository(folder) or folder in known().entries):
-        raise ElsewhereError(
-            f"no folder {folder!r}; entries are added in a folder of your own, which `learngene pool pull` makes of a "
-            "pool on the Hub or in the registry"
-        )
-    return Pool.load(folder)
-
-
-def _increment(path: Path) -> Learngene:
-    from learngene_hub.learngene import Learngene
-
-    return Learngene.load(path)
-
-
-def _called(data: str) -> str:
-    """What a data set is called: as its folder or file, or as the folder above "train.parquet" and the like."""
-    path = Path(os.path.abspath(data)) if os.path.exists(data) else Path(data)
-    names = [part.removesuffix(".parquet") for part in reversed(path.parts)]
-    return next((name for name in names if not SPLITS.fullmatch(name)), names[0] if names else "")
-
-
-def _name_of(called: str, source: str) -> str:
-    """A name for an entry, of letters, digits, '.', '_' and '-'.
-
-    Raises:
-        SettingsError: none is left.
-    """
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", called).strip("._-")[:64].rstrip("._-")
-    if not name:
-        raise errors.SettingsError(f"no entry can be named after {source!r}; --name NAME would work")
-    return name
-
-
-def _state_of(folder: str, name: str) -> Path:
-    """Where the training of an entry keeps its state: beside the pool, whose own folder holds nothing unfinished."""
-    path = Path(folder)
-    path = path if path.name not in ("", "..") else Path(os.path.abspath(folder))
-    return path.with_name(f"{path.name}.{name}.{STATE}")
-
-
-def _kept(state: Path, ancestor: nn.Module | None) -> StateDir:
-    """The state of a training, which a run from another ancestor is refused."""
-    from learngene_hub.factory import state_digest
-    from learngene_hub.training import StateDir
-
-    return StateDir(state, {} if ancestor is None else {"ancestor": state_digest(ancestor)})
-
-
-def _watching(out: Output, label: str) -> Callable[[Iterator[Step]], Iterator[Step]]:
-    """What shows the progress of a training."""
-    from learngene_hub import training
-
-    return lambda steps: training.show_progress(steps, label=label, tell=out.note)
-
-
-def _tell_added(out: Output, pool: Pool, folder: str, name: str, began: float) -> None:
-    """What is told of an entry that is there now, since ``began`` (``time.perf_counter``)."""
-    row = pool.row(name)
-    told = pool.read(row.sha256).provenance
-    shown = ("residual", "outside", "steps", "images_seen")
-    facts = {"name": row.name, "path": folder, "bytes": row.bytes, "sha256": row.sha256}
-    out.facts(
-        facts
-        | {key: told[key] for key in shown if key in told}
-        | {"entries": len(pool)}
-        | {"seconds": time.perf_counter() - began},
-        key="name",
-    )
-    out.note(f"Next: learngene select {shlex.quote(folder)} --data FEW_IMAGES")
-
-
-def _recipe(epochs: int | None, lr: float | None, batch_size: int | None, precision: str, seed: int) -> Recipe:
-    from dataclasses import replace
-
-    from learngene_hub._pool_grow import RECIPE
-
-    asked = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
-    changed = {name: value for name, value in asked.items() if value is not None}
-    return replace(RECIPE, **changed, precision=precision, seed=seed)
-
-
-def _ancestor(source: str | None, weights: Path | None) -> Any:
-    """The model that is to be projected, or None."""
-    from learngene_hub._extraction import load_model
-
-    if source is None:
-        if weights is not None:
-            raise errors.SettingsError(
-                f"--ancestor-weights {weights} asked without --ancestor, the name of their model"
-            )
-        return None
-    return load_model(source, weights).model
-
-
-def _images(pool: Pool, data: str, split: str, limit: int | None, skip_unreadable: bool) -> Images:
-    """One split at the size and channels of a pool."""
-    from learngene_hub.data import load_images
-
-    return load_images(
-        data,
-        split=split,
-        size=pool.manifest.key.image_size,
-        in_chans=pool.anchor.shape.in_chans,
-        limit=limit,
-        skip_unreadable=skip_unreadable,
-    )
 
 
 def show(out: Output, name: PoolArgument) -> None:
@@ -387,7 +103,7 @@ def show(out: Output, name: PoolArgument) -> None:
             **{key: told[key] for key in ("residual", "steps", "seconds") if key in told},
             **({"parents": {pool.row(sha256).name: weight for sha256, weight in parents.items()}} if parents else {}),
         }
-    out.facts(_facts(pool) | {"entries": entries}, key="path")
+    out.facts(facts_of(pool) | {"entries": entries}, key="path")
 
 
 def list_(out: Output, name: PoolArgument) -> None:
@@ -412,23 +128,6 @@ def _entry(row: Row, learngene: Learngene) -> dict[str, Any]:
     classes = learngene.provenance.get("classes", ())
     count = int(learngene.tensors["key.count"])
     return {"sha256": row.sha256, "bytes": row.bytes, "images": count, "classes": len(classes)}
-
-
-def _facts(pool: Pool) -> dict[str, Any]:
-    manifest = pool.manifest
-    return {
-        "path": str(pool.folder),
-        **({"repository": pool.origin[0], "revision": pool.origin[1]} if pool.origin else {}),
-        "anchor": pool.anchor.method,
-        "native": str(pool.anchor.shape),
-        "reach": str(pool.anchor.reach),
-        "sha256": manifest.anchor.sha256,
-        "topology": manifest.topology,
-        "entry": manifest.entry,
-        "components": manifest.components,
-        "image_size": manifest.key.image_size,
-        "bytes": manifest.anchor.bytes + sum(row.bytes for row in manifest.entries),
-    }
 
 
 def verify(out: Output, name: PoolArgument) -> None:
@@ -495,82 +194,8 @@ def pull(
     """
     from learngene_hub.hub import pull_pool
 
-    out.facts(_facts(pull_pool(name).copy(folder)), key="path")
+    out.facts(facts_of(pull_pool(name).copy(folder)), key="path")
     out.note(f"Next: learngene pool add {shlex.quote(str(folder))} --data SOURCE")
-
-
-def select(
-    out: Output,
-    name: PoolArgument,
-    data: DataOption,
-    unlabelled: Annotated[
-        bool, typer.Option("--unlabelled", help="Look at the images alone; the amounts are then half of the shares.")
-    ] = False,
-    k: Annotated[int | None, typer.Option("--k", help="At most so many entries [3; 1 of blocks or a chain].")] = None,
-    tolerance: Annotated[
-        float, typer.Option("--tolerance", help="How many times farther than the pool's own data a task may be.")
-    ] = 1.0,
-    rule: Annotated[
-        str, typer.Option("--rule", help="tals, or one to compare it with: logme, nearest, soup, anchor.")
-    ] = "tals",
-    path: Annotated[
-        Path | None, typer.Option("--out", help="Also write the mixture, a learngene: NAME.safetensors or a folder.")
-    ] = None,
-    split: SplitOption = "train",
-    limit: LimitOption = None,
-    skip_unreadable: SkipOption = False,
-    seed: SeedOption = 0,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Write over what is there, without asking.")] = False,
-) -> None:
-    """Which entries of a pool fit a task, and how much of each.
-
-    A few images of the task say it. A task that is like none of the pool's data gets no entry: the anchor alone.
-
-    \b
-    learngene select mypool --data photos/ --limit 100
-    learngene select mypool --data photos/ --unlabelled --k 1 --json
-    learngene select mypool --data photos/ --out mixed; learngene finetune mixed --depth 6 --data photos/ --out tuned
-    """
-    from learngene_hub._pool_amounts import FLOOR
-    from learngene_hub.hub import pull_pool
-
-    if path is not None:
-        require_new(out, path, yes=yes)
-        require_place(path)
-    pool = pull_pool(name)
-    images = _images(pool, data, split, limit, skip_unreadable)
-    tell_skipped(out, images)
-    found = pool.select(images, unlabelled=unlabelled, k=k, tolerance=tolerance, rule=rule, seed=seed)
-    told = found.to_dict()
-    entries = told.pop("entries")
-    facts: dict[str, Any] = {"pool": name, "data": data, "abstained": found.abstained}
-    facts |= {"entries": entries if out.format == "json" else {row["name"]: _row(row) for row in entries} or None}
-    facts |= {key: told[key] for key in ("rule", "residual", "threshold", "images", "labelled", "scores", "seconds")}
-    facts |= {"anchor_sha256": found.anchor, "pool_digest": found.pool}
-    if path is not None:
-        merged = pool.merge(found)
-        if path.suffix == ".safetensors":
-            merged.save(path)
-        else:
-            merged.save_pretrained(path)
-        facts |= {"out": str(path)}
-    if out.format == "quiet":
-        out.rows(entries, key="name", columns=["name"])
-    else:
-        out.facts(facts, key="pool")
-    if found.abstained:
-        out.note(f"{data} is like none of the entries: the anchor alone is selected; --tolerance 2 allows more")
-    elif not entries and rule == "tals":
-        out.note(
-            f"{data} looks like some of the entries, but all weights fell below the least, {FLOOR:g}: the anchor alone "
-            "is selected; --unlabelled takes the weights from the shares"
-        )
-    elif not entries:
-        out.note(f"rule {rule} selects no entry: the anchor alone")
-
-
-def _row(row: dict[str, Any]) -> dict[str, float]:
-    return {"weight": row["weight"], "share": row["share"]}
 
 
 def _grouped(run: Callable[..., None]) -> Callable[..., None]:
@@ -584,9 +209,14 @@ def _grouped(run: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-MENDED = {errors.ArtefactError: "learngene pool pull ORG/REPO FOLDER, or a copy of your own"}
+# What helps where a command on a pool is refused, by the error.
+POOLS = {errors.NoPoolError: "learngene list tells which are pools, learngene pool create FOLDER ANCHOR makes one"}
+WHOLE = {**POOLS, errors.ArtefactError: "learngene pool verify {name}"}
+MENDED = {**POOLS, errors.ArtefactError: "learngene pool pull ORG/REPO FOLDER, or a copy of your own"}
 ADDED = {
+    **POOLS,
     errors.ArtefactError: "learngene pool verify {folder}",
+    errors.NameTakenError: "learngene pool add {folder} --entry FILE --name OTHER",
     errors.ShapeError: "learngene show {folder}",
     ElsewhereError: "learngene pool pull {folder} FOLDER",
 }

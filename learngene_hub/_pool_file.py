@@ -31,7 +31,7 @@ from typing import Any
 from learngene_hub._check import require_int
 from learngene_hub._format import FILE_NAME, MAX_BYTES, ODD, SHA256, naming, one_line, opened, short, shown
 from learngene_hub._lock import locked
-from learngene_hub.errors import ArtefactError, LearngeneError, SettingsError, StoreError
+from learngene_hub.errors import ArtefactError, LearngeneError, NoPoolError, SettingsError, StoreError
 from learngene_hub.methods._adaptive_key import Space
 from learngene_hub.methods._adaptive_merge import FORMS
 
@@ -61,6 +61,18 @@ class Row:
             raise ArtefactError(f"{self.name} has sha256 {short(self.sha256)}; it is 64 hex digits")
         if type(self.bytes) is not int or not 8 < self.bytes <= 2 * MAX_BYTES:
             raise ArtefactError(f"{self.name} has {short(self.bytes)} bytes; a whole number is needed")
+
+
+def name_after(called: str) -> str:
+    """A name for an entry, after what its data are called: of letters, digits, '.', '_' and '-'.
+
+    Raises:
+        SettingsError: nothing is left.
+    """
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", called).strip("._-")[:64].rstrip("._-")
+    if not name:
+        raise SettingsError(f"no entry can be named after {called!r:.80}; a name of your own (--name NAME) would work")
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,11 +174,12 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         ArtefactError: it is none.
-        StoreError: there is no pool, or it cannot be read.
+        NoPoolError: there is no pool.
+        StoreError: it cannot be read.
     """
     path = folder / MANIFEST
     if not path.exists():
-        raise StoreError(f"{shown(folder)} is not a pool: it has no {MANIFEST}; `learngene pool create` makes one")
+        raise NoPoolError(f"{shown(folder)} is not a pool: it has no {MANIFEST}; `learngene pool create` makes one")
     with naming(path), opened(path) as (file, size):
         if size > MAX_MANIFEST:
             raise ArtefactError(f"{size} bytes; a manifest has at most {MAX_MANIFEST}")

@@ -214,21 +214,22 @@ class Trainee:
     ) -> Trainee:
         """A trainee for images of this size and number of classes; its head is drawn with ``seed``."""
         shape = replace(base.shape, classes=classes, image_size=image_size)
-        method = get_method(base.method, base.settings)
-        base = base.to(torch.float32)
-        held: dict[str, Learngene] = {"cpu": base}  # the frozen tensors, wherever the parameters went
+        base, frozen = base.to(torch.float32), _auxiliary.FROZEN
+        plain = get_method(base.method, base.settings).expand(base, shape)
+        rest = {name: t for name, t in plain.items() if not (name in HEAD_KEYS or name.startswith("blocks."))}
+        held = {f"{frozen}.rest.{name}": tensor for name, tensor in rest.items() if tensor is not None}
+        held |= _auxiliary.prefixed(f"{frozen}.blocks", merge.blocks_of(plain, shape.depth))
+        layers = {key: phi_LN.float() for key, phi_LN in merge.layers(base, table_PN).items()}
+        held |= _auxiliary.prefixed(f"{frozen}.layers", layers)
 
         def expand(learngene: Learngene, shape: ViTShape) -> Mapping[str, Tensor | None]:
-            moving = learngene.group("increment")
-            place = next(iter(moving.values())).device
-            if str(place) not in held:
-                tensors = {name: tensor.to(place) for name, tensor in base.tensors.items()}
-                held[str(place)] = replace(base, tensors=tensors)
-            there = held[str(place)]
-            summed = replace(there, tensors=merge.merged_tensors(there, moving, table_PN))
-            return {**method.expand(summed, shape), **dict.fromkeys(HEAD_KEYS)}
+            # Not by the method's own ``expand``, which would make the anchor anew at each update.
+            del shape
+            still = learngene.group(f"{frozen}.blocks")
+            blocks = merge.raised(still, learngene.group("increment"), learngene.group(f"{frozen}.layers"))
+            return {**learngene.group(f"{frozen}.rest"), **blocks}
 
-        blank = replace(base, tensors={f"increment.{name}": tensor for name, tensor in increment.items()})
+        blank = replace(base, tensors={**_auxiliary.prefixed("increment", increment), **held})
         weight = torch.empty(classes, shape.width)
         nn.init.trunc_normal_(weight, std=0.02, generator=torch.Generator().manual_seed(seed))
         head = {"weight": weight, "bias": torch.zeros(classes)}

@@ -6,7 +6,8 @@
    hundred images lie so near their own key that every task but more of the same data would be refused, and tasks twice
    as far were found to gain much from increments).
 2. Amounts, where there are labels (``_pool_amounts.py``): a short training of the weights and a head, from
-   s times the shares, s by cross-validation. Without labels the weights are half of the shares.
+   s times the shares, s by cross-validation; nothing, where the anchor alone does as well (our reading). Without labels
+   the weights are half of the shares.
 
 The same images and seed give the same selection. Source: our reading of TALS, see ``methods/adaptive``.
 """
@@ -102,8 +103,8 @@ def select(
     if not (is_number(tolerance) and tolerance > 0):
         raise SettingsError(f"tolerance {tolerance!r} asked; it is a number above 0, such as 1")
     model = _pool_features.seeing(pool.anchor, pool.manifest.key)
-    phi = _pool_features.directions(_pool_features.features(model, task, pool.anchor))
-    key = key_of([phi], pool.manifest.key, measure=False)
+    seen_ND = _pool_features.features(model, task, pool.anchor)
+    key = key_of([_pool_features.directions(seen_ND)], pool.manifest.key, measure=False)
     found = shortlist(pool, key, k=most, tolerance=tolerance)
     weights, scores = {sha256: UNLABELLED * share for sha256, share in found.shares.items()}, dict[str, float]()
     if rule != "tals":
@@ -111,7 +112,7 @@ def select(
     elif found.abstained:
         weights = {}
     elif labelled:
-        weights, scores = amounts(pool, model, task, found.shares, seed)
+        weights, scores = amounts(pool, model, task, seen_ND, found.shares, seed)
     return Selection(
         anchor=pool.manifest.anchor.sha256,
         pool=pool.manifest.digest,

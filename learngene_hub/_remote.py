@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 TAG = "learngene"
+POOL_FILE = "pool.json"  # that of ``_pool_file``, which imports torch; `learngene list` and its like should not
 SORTS = {  # ours -> the server's; None where the server cannot
     "name": None,
     "bytes": None,
@@ -69,6 +70,7 @@ class Found:
     private: bool
     gated: bool
     tags: tuple[str, ...]
+    is_pool: bool = False  # whether its learngene is the anchor of a pool, by the names of its files
 
     @property
     def uri(self) -> str:
@@ -193,6 +195,7 @@ def _row(info: Any, method: str | None) -> Found | None:
         private=info.private is True,
         gated=bool(info.gated),
         tags=tags,
+        is_pool=files is not None and POOL_FILE in files,
     )
 
 

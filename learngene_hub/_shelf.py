@@ -92,8 +92,8 @@ def list_(
     layered = any(row["origin"] != "built-in" for row in rows)
     kept = [row for row in rows if _fits(row, search, method, max_bytes)]
     kept.sort(key=lambda row: (row["bytes"] if sort is Sort.BY_BYTES else 0, row["name"]))
-    columns = ["name", "method", "ancestor", "reach", "bytes", "license", "description"]
-    out.rows(kept[:limit], key="name", columns=[*columns[:-1], "origin", columns[-1]] if layered else columns)
+    columns = ["name", *_kinds(kept), "method", "ancestor", "reach", "bytes", "license"]
+    out.rows(kept[:limit], key="name", columns=[*columns, *(["origin"] if layered else []), "description"])
     if limit is not None and len(kept) > limit:
         out.note(f"{len(kept)} fit, {limit} are shown; --limit {len(kept)} shows all")
 
@@ -115,6 +115,7 @@ def _list_remote(
     rows = [
         {
             "name": row.repo,
+            "kind": _kind(row.is_pool),
             "method": row.method,
             "bytes": row.nbytes,
             "license": row.license,
@@ -130,16 +131,28 @@ def _list_remote(
         }
         for row in found[:limit]
     ]
-    out.rows(rows, key="name", columns=["name", "method", "bytes", "license", "downloads", "updated"])
+    out.rows(rows, key="name", columns=["name", *_kinds(rows), "method", "bytes", "license", "downloads", "updated"])
     if len(found) > limit:
         out.note(f"More fit; --limit {2 * limit} shows more")
 
 
+def _kind(is_pool: bool) -> str:
+    """What a row is, which other commands take: `learngene pool list` a pool, and all others its anchor too."""
+    return "pool" if is_pool else "learngene"
+
+
+def _kinds(rows: Sequence[Row]) -> list[str]:
+    """The column of kinds, where they differ."""
+    return ["kind"] if any(row["kind"] == "pool" for row in rows) else []
+
+
 def _row(out: Output, entry: Entry) -> Row:
-    """A registry entry, with ancestor and reach from the artefact's header where the file is on this machine."""
+    """A registry entry; where the file is on this machine, with ancestor and reach from the artefact's header and
+    whether it is a pool's."""
+    from learngene_hub.hub import pool_at
     from learngene_hub.learngene import read_facts
 
-    facts = None
+    facts = path = None
     try:
         path = _path(entry)
         facts = read_facts(path) if path else None
@@ -147,6 +160,7 @@ def _row(out: Output, entry: Entry) -> Row:
         out.note(f"{entry.name}: {error} (next: learngene verify)")
     return {
         "name": entry.name,
+        "kind": _kind(path is not None and pool_at(path) is not None),
         "method": entry.method,
         "ancestor": facts.ancestor["name"] if facts else None,
         "reach": str(facts.reach) if facts else None,

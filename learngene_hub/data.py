@@ -8,6 +8,8 @@ decoding stand in `_decode.py`.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from learngene_hub.shape import Preprocessing
 
 SAMPLES = ("signdigits",)  # data sets that ship inside the package, under samples/
+SPLITS = re.compile(r"(train|training|test|val|valid|validation|dev|data)(-.*)?")  # files and folders so called
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,9 +123,16 @@ def load_images(
     pixels, kept = _decode.decode_rows(rows, chosen, size, in_chans, skip_unreadable)
     if not kept:
         raise DataError(f"{source}, split {split!r}: none of its {len(chosen)} images can be read")
-    name = Path(source).name.removesuffix(".parquet") or str(source)
+    name = called(source)
     found = torch.tensor([labels[i] for i in kept])
     return Images(torch.from_numpy(pixels), found, classes, name, skipped=len(chosen) - len(kept))
+
+
+def called(source: str | Path) -> str:
+    """What a data set is called: as its folder or file, or as the folder above "train.parquet" and the like."""
+    path = Path(os.path.abspath(source)) if os.path.exists(source) else Path(source)
+    names = [part.removesuffix(".parquet") for part in reversed(path.parts) if part != path.anchor]
+    return next((name for name in names if not SPLITS.fullmatch(name)), names[0] if names else str(source))
 
 
 def load_column(

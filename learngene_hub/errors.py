@@ -4,10 +4,12 @@ LearngeneError
   ShapeError(ValueError)      the asked descendant cannot exist, or cannot be grown from this learngene
     BudgetError               it would have more parameters than allowed
   SettingsError(ValueError)   a setting is out of its range, or a method is unknown
+    NameTakenError            of an entry of a pool, by another process during the training; what was trained is kept
   ArtefactError(ValueError)   a file is not the learngene it claims to be
     DigestError               its bytes differ from the sha256 that was promised
   RegistryError(LookupError)  no such name (the nearest are listed), or a name used twice
   StoreError(OSError)         a store could not be read or written
+    NoPoolError               a folder is no pool
   DataError(ValueError)       images or labels that cannot be used
   TrainingError(RuntimeError) a run that cannot go on, such as a loss that is not finite
 
@@ -33,6 +35,10 @@ class SettingsError(LearngeneError, ValueError):
     """A setting is out of its range, or a method is unknown."""
 
 
+class NameTakenError(SettingsError):
+    """Another process gave the name of an entry to one of its own during the training; what was trained is kept."""
+
+
 class ArtefactError(LearngeneError, ValueError):
     """A file is not the learngene it claims to be."""
 
@@ -47,6 +53,10 @@ class RegistryError(LearngeneError, LookupError):
 
 class StoreError(LearngeneError, OSError):
     """A store could not be read or written."""
+
+
+class NoPoolError(StoreError):
+    """A folder is no pool."""
 
 
 class DataError(LearngeneError, ValueError):

@@ -23,6 +23,7 @@ from learngene_hub._client import parse_repository as parse_repository
 from learngene_hub._pool_push import push_pool as push_pool
 from learngene_hub._push import push as push
 from learngene_hub._push import push_descendant as push_descendant
+from learngene_hub._remote import POOL_FILE as POOL_FILE
 from learngene_hub._remote import Cached as Cached
 from learngene_hub._remote import Found as Found
 from learngene_hub._remote import cached as cached
@@ -38,8 +39,6 @@ from learngene_hub.registry import Entry, Registry
 
 if TYPE_CHECKING:
     from learngene_hub.pool import Pool
-
-POOL_FILE = "pool.json"  # that of ``_pool_file``, which imports torch; `learngene list` and its like should not
 
 
 class Located(NamedTuple):

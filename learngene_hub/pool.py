@@ -14,15 +14,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
-from learngene_hub import _pool_file, _pool_grow, _pool_select
-from learngene_hub._check import is_number
+from learngene_hub import _pool_file, _pool_grow, _pool_merge, _pool_select, _pool_write
 from learngene_hub._format import FILE_NAME, naming, shown
 from learngene_hub._pool_file import Manifest, Row
 from learngene_hub._pool_select import Chosen as Chosen
@@ -32,10 +31,8 @@ from learngene_hub.errors import ArtefactError, LearngeneError, RegistryError, S
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods import get_method
 from learngene_hub.methods._adaptive_key import Space
-from learngene_hub.methods._adaptive_merge import add_scaled, flattened, merged_tensors, places, table
+from learngene_hub.methods._adaptive_merge import places, table
 from learngene_hub.methods.adaptive import Adaptive
-
-MOST = 10  # times an increment may be added: as many as of a parent in the file of an entry
 
 if TYPE_CHECKING:
     import torch
@@ -109,7 +106,7 @@ class Pool:
         """The pool in a folder, its manifest and its anchor checked; its entries are checked when they are read.
 
         Raises:
-            StoreError: there is none, or it cannot be read.
+            NoPoolError: there is none; StoreError: it cannot be read.
             ArtefactError: it was edited, or a file is missing; DigestError: the anchor is another one.
         """
         place = Path(folder)
@@ -229,7 +226,7 @@ class Pool:
         self._require_own()
         self.require(learngene)
         with _pool_file.changing(self.folder):
-            return self.current()._put(learngene, name)
+            return _pool_write.put(self.current(), learngene, name)
 
     def current(self) -> Pool:
         """The pool as it is in its folder now: another process may have added to it.
@@ -249,34 +246,6 @@ class Pool:
                 "your own"
             )
 
-    def _put(self, learngene: Learngene, name: str) -> Pool:
-        """The entry's file, then the manifest; for one process at a time, of the pool as it is now."""
-        method, rows = self.require(learngene), self.manifest.entries
-        if missing := sorted(set(method.parents) - {row.sha256 for row in rows}):
-            raise ArtefactError(
-                f"an increment that stands on {missing[0][:12]}, which this pool does not hold; add it first"
-            )
-        self._require_last(method, rows)
-        row = Row(name=name, sha256=learngene.digest, bytes=9)
-        replace(self.manifest, entries=(*rows, row))  # refuses a name that is taken before anything is written
-        path = _pool_file.place_of(self.folder, row)
-        try:
-            path.parent.mkdir(exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"cannot make the folder {shown(path.parent)}: {error.strerror}") from error
-        learngene.save(path)
-        row = replace(row, bytes=path.stat().st_size)
-        manifest = replace(self.manifest, entries=(*rows, row), key=method.space)
-        _pool_file.write_manifest(self.folder, manifest)
-        return replace(self, manifest=manifest)
-
-    def _require_last(self, method: Adaptive, before: Sequence[Row]) -> None:
-        """Refuse an increment of a chain that does not stand on the one before it."""
-        wanted = {before[-1].sha256: 1.0} if before else {}
-        if self.manifest.topology == "chain" and dict(method.parents) != wanted:
-            last = before[-1].name if before else "the anchor"
-            raise ArtefactError(f"an increment that does not stand on {last}, the last of this chain; train it again")
-
     def add(
         self,
         images: Images,
@@ -294,7 +263,7 @@ class Pool:
         """The pool with one more entry, trained on these images alone with everything that is there frozen.
 
         Args:
-            name: of the entry; that of the images where left out.
+            name: of the entry; made from that of the images where left out, as by `learngene pool add`.
             recipe: of the training; ``_pool_grow.RECIPE`` where left out.
             ancestor: a plain ViT finetuned from the anchor. The entry is then its projection, in closed form; with a
                 ``recipe`` beside it training begins there.
@@ -306,12 +275,14 @@ class Pool:
         Raises:
             DataError: images of another size or channels than the pool's, or too few.
             SettingsError: the name is taken, or a projection above the limit.
+            NameTakenError: another process took the name during the training; what was trained is kept in a file that
+                the error names, for ``adopt``.
             ShapeError: an ancestor of another shape than the anchor.
         """
         if not isinstance(images, Images):
             raise SettingsError(f"images {images!r:.80} given; Images would work: load_images(SOURCE, size=...)")
         self._require_own()
-        pool, chosen = self.current(), images.name if name is None else name
+        pool, chosen = self.current(), _pool_file.name_after(images.name) if name is None else name
         Row(name=chosen, sha256="0" * 64, bytes=9)  # refused now, not after the training
         if chosen in (*pool.names, "anchor"):
             raise SettingsError(f"name {chosen} is in the pool already; another name would work")
@@ -326,7 +297,7 @@ class Pool:
             now = pool.current()
             if now.manifest.key.scale not in (0, pool.manifest.key.scale):  # another process added the first one
                 learngene = _pool_grow.rekeyed(now, images, learngene)
-            return now._put(learngene, chosen)
+            return _pool_write.put_trained(now, learngene, chosen)
 
     def select(
         self,
@@ -367,52 +338,14 @@ class Pool:
                 number.
             RegistryError: an entry that is not there.
         """
-        if isinstance(selection, Selection):
-            if selection.anchor != self.manifest.anchor.sha256:
-                raise SettingsError(
-                    f"a selection from a pool on the anchor {selection.anchor[:12]} given; this pool's is "
-                    f"{self.manifest.anchor.sha256[:12]}: select from this pool"
-                )
-            weights = {chosen.sha256: chosen.weight for chosen in selection.entries}
-        else:
-            weights = self._given(selection)
-        tensors = self.merged(weights)
+        weights = _pool_merge.weights_of(self, selection)
         told = {name: weight for name, weight in ((self.row(sha).name, weight) for sha, weight in weights.items())}
         provenance: dict[str, Any] = {**self.anchor.provenance, "pool": self.manifest.digest, "selection": told}
-        return replace(self.anchor, tensors=tensors, provenance=provenance) if weights else self.anchor
-
-    def _given(self, selection: Mapping[str, float]) -> dict[str, float]:
-        """sha256 -> weight, of weights that a user wrote down."""
-        if not isinstance(selection, Mapping):
-            raise SettingsError(f"selection {selection!r:.80} given; a Selection, or {{NAME: WEIGHT}}, would work")
-        weights: dict[str, float] = {}
-        for name, weight in selection.items():
-            sha256 = self.row(name).sha256
-            if sha256 in weights:
-                raise SettingsError(f"entry {self.row(name).name} given twice; once would work")
-            if not is_number(weight) or not abs(weight) <= MOST:
-                raise SettingsError(
-                    f"weight {weight!r:.40} of {name} given; a number from -{MOST} to {MOST} would work"
-                )
-            weights[sha256] = float(weight)
-        return weights
+        return replace(self.anchor, tensors=self.merged(weights), provenance=provenance) if weights else self.anchor
 
     def merged(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """The anchor's tensors with these weights (by sha256) of increments and their parents added."""
-        total: dict[str, Tensor] = {}
-        if weights:
-            for sha256, weight in flattened(weights, self._family(weights)).items():
-                add_scaled(total, self.read(sha256).group("increment"), weight)
-        return merged_tensors(self.anchor, total, self.table()) if total else dict(self.anchor.tensors)
-
-    def _family(self, weights: Mapping[str, float]) -> dict[str, Adaptive]:
-        """The settings of these entries, and of all that stand before them where some have parents."""
-        if self.manifest.topology != "star":  # an entry of a star has no parents, see ``require``
-            return self.methods()
-        wanted = {self.row(sha256).sha256 for sha256 in weights}
-        return {
-            row.sha256: self.require(self.read(row.sha256)) for row in self.manifest.entries if row.sha256 in wanted
-        }
+        return _pool_merge.merged(self, weights)
 
     def verify(self, *, strangers: bool = True) -> list[str]:
         """What is wrong with the files of this pool, one line each; nothing, where all are as promised.
@@ -427,7 +360,7 @@ class Pool:
         for place, row in enumerate(rows):
             try:
                 method = self.require(self.read(row.sha256))
-                self._require_last(method, rows[:place])
+                _pool_write.require_last(self.manifest, method, rows[:place])
                 if missing := sorted(set(method.parents) - {other.sha256 for other in rows[:place]}):
                     wrong.append(f"{row.name} stands on {missing[0][:12]}, which is not there before it")
             except LearngeneError as error:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from learngene_hub._check import is_number
 from learngene_hub._fit import PRECISIONS, Run
 from learngene_hub._fit import learning as learning
+from learngene_hub._fit import plain_attention as plain_attention
 from learngene_hub._processes import process
 from learngene_hub._state import StateDir as StateDir
 from learngene_hub._state import Stateful as Stateful
@@ -153,7 +154,7 @@ def fit(
 def _updates(run: Run, batches: Batches, save_every: int | None) -> Iterator[Step]:
     """The loop of `fit`."""
     run.load()
-    with run.checkpointing(), run.plain_attention():
+    with run.checkpointing(), plain_attention(run.model, run.device):
         for epoch in range(run.step // run.steps_per_epoch, run.recipe.epochs):
             stream = run.stream(batches, epoch)
             for _ in range(run.step % run.steps_per_epoch, run.steps_per_epoch):

@@ -120,7 +120,22 @@ def test_what_an_increment_does_to_each_block_is_read_off_expand(kind: str) -> N
     }[kind]
     if kind == "lsamd":
         want = merge.design(4, 2)[list(get_method("lsamd").positions(anchor, 4))]
-    torch.testing.assert_close(found, want, rtol=0, atol=1e-7)
+    assert found.keys() == set(BLOCK_KEYS)
+    for phi in found.values():
+        torch.testing.assert_close(phi, want, rtol=0, atol=1e-7)
+
+
+def test_where_copies_share_what_a_block_writes_so_do_increments() -> None:
+    """Blocks 0 and 3 of four, each twice: what reads is as of its block, what writes half of it."""
+    anchor = anchor_of("lsamd")
+    settings = {**anchor.settings, "repeat": "share"}
+    positions = get_method("lsamd", settings).positions(anchor, 4)
+    found = merge.layers(replace(anchor, settings=settings), merge.table(anchor, "components", 2))
+    want = merge.design(4, 2)[list(positions)]
+    copies = torch.tensor([positions.count(position) for position in positions])
+    assert copies.max() > 1
+    torch.testing.assert_close(found["attn.qkv.weight"], want, rtol=0, atol=1e-7)
+    torch.testing.assert_close(found["mlp.fc2.weight"], want / copies[:, None], rtol=0, atol=1e-7)
 
 
 def test_learngenes_that_are_no_anchor_are_refused() -> None:
@@ -169,7 +184,7 @@ def test_the_residual_is_the_share_that_lies_outside() -> None:
     line, _ = torch.linalg.qr(torch.cat([phi, noise(4, 2, seed=3).double()], dim=1))
     inside, outside = line[:, 0], line[:, 2]
     change = (3 * inside + 4 * outside)[:, None] * torch.tensor([1.0, -2.0])
-    found, residual = merge.fitted({"norm1.bias": change}, phi)
+    found, residual = merge.fitted({"norm1.bias": change}, {"norm1.bias": phi})
     assert residual == pytest.approx(0.8, abs=1e-5)
     want = torch.linalg.lstsq(phi, change).solution
     got = torch.stack([found["1.norm1.bias"], found["2.norm1.bias"]])

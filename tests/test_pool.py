@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from learngene_hub.errors import (
     DataError,
     DigestError,
     LearngeneError,
+    NameTakenError,
     RegistryError,
     SettingsError,
     ShapeError,
@@ -33,6 +34,7 @@ from learngene_hub.errors import (
 )
 from learngene_hub.learngene import Learngene
 from learngene_hub.pool import Pool
+from learngene_hub.training import Step
 
 
 @pytest.fixture(scope="module")
@@ -379,6 +381,39 @@ def test_two_first_entries_of_one_pool_share_its_scale(tmp_path: Path) -> None:
     assert scales == {pool.manifest.key.scale} == {again.manifest.key.scale} and 0 not in scales
     straight = pool_of(tmp_path / "straight", (1, 2))
     assert files_of(again.folder) == files_of(straight.folder)  # no byte tells that it was keyed twice
+
+
+def test_what_was_trained_under_a_name_that_was_taken_meanwhile_is_kept(tmp_path: Path) -> None:
+    pool, state = pool_of(tmp_path / "pool"), torch.get_rng_state()
+    alone = pool_of(tmp_path / "alone", (1,)).read("look-1")
+
+    def beaten(steps: Iterator[Step]) -> Iterator[Step]:
+        yield from steps
+        Pool.load(pool.folder).add(look(2), name="look-1", recipe=ONCE)
+
+    with pytest.raises(NameTakenError, match="name look-1 was given to another entry .* kept in .*entries/") as told:
+        pool.add(look(1), recipe=ONCE, watch=beaten)
+    now = Pool.load(pool.folder)
+    (kept,) = {path.name for path in (pool.folder / "entries").iterdir()} - {
+        f"{now.manifest.entries[0].sha256}.safetensors"
+    }
+    assert kept in str(told.value) and now.names == ("look-1",) and f"{kept} is in entries" in now.verify()[0]
+    found = now.adopt(Learngene.load(pool.folder / "entries" / kept), "other")
+    assert found.names == ("look-1", "other") and found.verify() == []
+    ours, theirs = found.read("other").group("increment"), alone.group("increment")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("called", "name"), [("my photos", "my-photos"), ("_x.y_", "x.y"), ("Ärger & Co", "rger-Co")])
+def test_an_entry_is_named_after_its_images(tmp_path: Path, called: str, name: str) -> None:
+    images = replace(look(1), name=called)
+    assert pool_of(tmp_path / "pool").add(images, recipe=ONCE).names == (name,)
+
+
+def test_images_that_nothing_can_be_named_after_need_a_name(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no entry can be named after '写真'"):
+        pool_of(tmp_path / "pool").add(replace(look(1), name="写真"), recipe=ONCE)
 
 
 def test_an_increment_keyed_meanwhile_at_another_scale_is_refused(tmp_path: Path) -> None:

@@ -139,7 +139,9 @@ def test_an_entry_of_a_copy_is_taken(here: Path, run: Call) -> None:
 
 def test_each_refusal_is_one_line(here: Path, run: Call) -> None:
     run("pool", "create", "mine", "anchor", *SMALL)
-    assert "is not a pool: it has no pool.json" in run("pool", "show", "anchor").refused()
+    for command in (["pool", "show", "anchor"], ["pool", "list", "anchor"], ["pool", "add", "anchor", *QUICK]):
+        line = run(*command).refused()
+        assert "is not a pool: it has no pool.json" in line and "learngene pool create FOLDER ANCHOR makes one" in line
     assert "'nowhere'" in run("select", "nowhere", "--data", "signdigits").refused()
     assert "the pool is empty" in run("select", "mine", "--data", "signdigits", "--limit", 20).refused()
     assert "is there already" in run("pool", "create", "mine", "anchor", *SMALL).refused()

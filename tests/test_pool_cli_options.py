@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from kinds import RESNET
-from pools import TINY
+from pools import ONCE, TINY, look
 from test_pool_cli import QUICK, SMALL, Call
 from test_pool_cli import here as here  # fixtures
 from test_pool_cli import run as run
 from timm.models._hub import save_for_hf
 
-from learngene_hub import _pool_commands, _pool_file, errors, hub, pool, training
+from learngene_hub import _pool_add, _pool_file, _pool_options, errors, hub, pool, training
+from learngene_hub import data as data_sets
 from learngene_hub.learngene import Learngene
 from learngene_hub.pool import Pool
 from learngene_hub.registry import ENVIRONMENT
@@ -115,20 +116,21 @@ def test_options_without_effect_are_refused(here: Path, run: Call, options: list
     ],
 )
 def test_an_entry_is_named_after_its_data(data: str, name: str) -> None:
-    assert _pool_commands._name_of(_pool_commands._called(data), data) == name
+    assert _pool_file.name_after(data_sets.called(data)) == name
 
 
 def test_a_file_without_a_folder_is_named_after_the_one_it_is_in(tmp_path: Path, monkeypatch: Any) -> None:
     (tmp_path / "pacs").mkdir()
     (tmp_path / "pacs" / "train.parquet").touch()
     monkeypatch.chdir(tmp_path / "pacs")
-    assert _pool_commands._called("train.parquet") == _pool_commands._called(".") == "pacs"
+    assert data_sets.called("train.parquet") == data_sets.called(".") == "pacs"
+    assert data_sets.called("/data/train") == "train"  # and not as the root of the disk
 
 
 def test_data_of_which_no_name_can_be_made_need_one(here: Path, run: Call) -> None:
     run("pool", "create", "mine", "anchor", *SMALL)
     line = run("pool", "add", "mine", "--data", "写真").refused()
-    assert "--name NAME would work" in line
+    assert "--name NAME) would work" in line
 
 
 # --- Where a pool is --------------------------------------------------------------------------------------------------
@@ -196,16 +198,21 @@ def test_a_shape_that_extract_refuses_names_a_command_that_works(here: Path, run
 
 
 def test_an_empty_selection_says_why(mine: Path, run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(self: Pool, *_: Any, **__: Any) -> pool.Selection:
+    scores = {"0": 0.7, "0.3": 0.6, "1": 0.8}
+
+    def chosen(self: Pool, *_: Any, **given: Any) -> pool.Selection:
         return pool.Selection(
             anchor=self.anchor.digest, pool=self.manifest.digest, entries=(), abstained=False, residual=0.1,
-            threshold=0.2, images=20, labelled=True,
+            threshold=0.2, images=20, labelled=True, scores=scores, rule=given.get("rule", "tals"),
         )  # fmt: skip
 
     monkeypatch.setattr(Pool, "select", chosen)
     found = run("select", "mine", "--data", "signdigits", "--limit", 20)
     assert found.code == 0 and "entries\t-\n" in found.out
     assert "all weights fell below the least, 0.05: the anchor alone is selected" in found.err
+    scores["0"] = 0.6
+    found = run("select", "mine", "--data", "signdigits", "--limit", 20)
+    assert "images of it that were held out are read as well without them: the anchor alone is selected" in found.err
     assert "rule nearest selects no entry" in run("select", "mine", "--data", "signdigits", "--rule", "nearest").err
     assert run("select", "mine", "--data", "signdigits", "--json").json()["entries"] == []
 
@@ -271,6 +278,40 @@ def test_an_interrupted_training_goes_on_and_ends_in_the_same_entry(
     assert again.code == 0 and "signdigits is finished already" in again.err and len(Pool.load("mine")) == 1
 
 
+def test_a_training_whose_name_was_taken_meanwhile_is_kept(
+    here: Path, run: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("pool", "create", "mine", "anchor", *SMALL)
+
+    def beaten(steps: Iterator[Step], **_: Any) -> Iterator[Step]:
+        yield from steps
+        Pool.load("mine").add(look(1), name="x", recipe=ONCE)
+
+    monkeypatch.setattr(training, "show_progress", beaten)
+    line = run("pool", "add", "mine", *QUICK, "--name", "x").refused()
+    assert "name x was given to another entry" in line
+    assert line.endswith("(next: learngene pool add mine --entry FILE --name OTHER)")
+    assert not list(here.glob("*.training-state")) and Pool.load("mine").names == ("x",)
+    (kept,) = {path.stem for path in (here / "mine" / "entries").iterdir()} - {Pool.load("mine").row("x").sha256}
+    assert run("pool", "add", "mine", "--entry", f"mine/entries/{kept}.safetensors", "--name", "y").code == 0
+    assert run("pool", "verify", "mine").code == 0
+
+
+def test_a_run_that_may_be_anothers_is_not_removed(here: Path, run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("pool", "create", "mine", "anchor", *SMALL)
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        assert run("pool", "add", "mine", *LONGER, "--name", "x").code == 130
+    shutil.move("mine.x.training-state", "aside")
+    run("pool", "add", "mine", *QUICK, "--name", "x", "--seed", 5)
+    shutil.move("aside", "mine.x.training-state")
+    line = run("pool", "add", "mine", *LONGER, "--name", "x", "--resume").refused()
+    assert "x is in the pool already" in line and "renamed to mine.OTHER.training-state" in line
+    shutil.move("mine.x.training-state", "mine.OTHER.training-state")
+    done = run("pool", "add", "mine", *LONGER, "--name", "OTHER", "--resume", "--json").json()
+    assert done["steps"] == 6 and Pool.load("mine").names == ("x", "OTHER")
+
+
 def test_yes_starts_an_interrupted_training_afresh(here: Path, run: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     run("pool", "create", "mine", "anchor", *SMALL)
     with monkeypatch.context() as patch:
@@ -283,9 +324,9 @@ def test_yes_starts_an_interrupted_training_afresh(here: Path, run: Call, monkey
 
 
 def test_the_state_lies_beside_the_pool(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _pool_commands._state_of("a/mine/", "x") == Path("a/mine.x.training-state")
+    assert _pool_add.state_of("a/mine/", "x") == Path("a/mine.x.training-state")
     (here / "mine").mkdir()
     monkeypatch.chdir(here / "mine")
-    assert _pool_commands._state_of(".", "x") == here / "mine.x.training-state"
-    assert issubclass(_pool_commands.ElsewhereError, errors.StoreError)
+    assert _pool_add.state_of(".", "x") == here / "mine.x.training-state"
+    assert issubclass(_pool_options.ElsewhereError, errors.StoreError)
     assert hub.POOL_FILE == _pool_file.MANIFEST

@@ -213,7 +213,7 @@ def test_where_only_one_can_be_chosen_one_is(tmp_path: Path, more: dict[str, str
 def test_the_state_of_a_mixture_is_that_of_the_merged_learngene(six: Pool) -> None:
     chosen = [six.row(name).sha256 for name in ("look-2", "look-4")]
     model = _pool_features.seeing(six.anchor, six.manifest.key)
-    mixture = _pool_amounts.Mixture.of(six, chosen, tuple(model.state_dict()))
+    mixture = _pool_amounts.Mixture.of(six, chosen, model)
     merged = factory.expand(six.merge({chosen[0]: 0.4, chosen[1]: 1.2})).state_dict()
     state = mixture.state(torch.tensor([0.4, 1.2]))
     for name, tensor in state.items():
@@ -225,9 +225,10 @@ def test_the_state_of_a_mixture_is_that_of_the_merged_learngene(six: Pool) -> No
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_a_head_is_where_its_gradient_vanishes() -> None:
-    x, y = noise(40, 6) * torch.tensor([1.0, 2, 3, 4, 5, 6]) + 7, torch.arange(40) % 3
-    (head,) = _pool_amounts.fitted_heads(x, y, 3, torch.ones(1, 40))
+@pytest.mark.parametrize(("count", "width"), [(40, 6), (12, 30), (9, 9)])
+def test_a_head_is_where_its_gradient_vanishes(count: int, width: int) -> None:
+    x, y = noise(count, width) * torch.arange(1.0, width + 1) + 7, torch.arange(count) % 3
+    (head,) = _pool_amounts.fitted_heads(x, y, 3, torch.ones(1, count))
     z = (x - x.mean(0)) / x.std(0, correction=0)
     w, b = head.weight_DC.clone().requires_grad_(), head.bias_C.clone().requires_grad_()
     loss = torch.nn.functional.cross_entropy(z @ w + b, y) + _pool_amounts.RIDGE / 2 * w.square().sum()
@@ -258,9 +259,32 @@ def test_an_increment_that_does_nothing_is_dropped_and_one_that_helps_is_kept(tm
     pool = pool.adopt(replace(entry, tensors=nothing), "nothing")
     model = _pool_features.seeing(pool.anchor, pool.manifest.key)
     shares = {pool.row(name).sha256: 0.5 for name in ("good", "nothing")}
-    weights, scores = _pool_amounts.amounts(pool, model, two_looks(10, seed=7), shares, seed=0)
+    task = two_looks(10, seed=7)
+    plain = _pool_features.features(model, task, pool.anchor)
+    weights, scores = _pool_amounts.amounts(pool, model, task, plain, shares, seed=0)
     assert list(weights) == [pool.row("good").sha256] and 0.05 <= weights[pool.row("good").sha256] <= 1.5
     assert scores["1"] < scores["0"]
+
+
+def test_where_the_anchor_alone_does_as_well_nothing_is_added(six: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against scores that are given: the first is that of the anchor."""
+    task, given = mixed((2, 5), 8), list[float]()
+
+    def held_out(*_: Any) -> float:
+        return given.pop(0)
+
+    monkeypatch.setattr(_pool_amounts, "held_out", held_out)
+    for scores, added in (
+        ([0.5, 0.6, 0.6, 0.7, 0.9], False),
+        ([0.5, 0.6, 0.5, 0.7, 0.9], False),
+        ([0.5, 0.6, 0.4, 0.7, 0.9], True),
+    ):
+        given[:] = scores
+        found = six.select(task)
+        assert not found.abstained and list(found.scores.values()) == scores
+        assert bool(found.entries) is added
+    given[:] = [0.5, 0.6, 0.5, 0.7, 0.9]
+    assert six.merge(six.select(task)).digest == six.anchor.digest
 
 
 def two_looks(each: int, seed: int = 0) -> Images:
@@ -273,7 +297,7 @@ def test_the_weights_are_moved_by_the_gradient_of_the_loss(six: Pool) -> None:
     """Against differences of the loss, through functions of the library that know nothing of mixtures."""
     chosen, task = [six.row(name).sha256 for name in ("look-1", "look-2")], two_looks(4)
     model = _pool_features.seeing(six.anchor, six.manifest.key)
-    mixture = _pool_amounts.Mixture.of(six, chosen, tuple(model.state_dict()))
+    mixture = _pool_amounts.Mixture.of(six, chosen, model)
     (head,) = _pool_amounts.fitted_heads(
         _pool_features.features(model, task, six.anchor), task.labels, 2, torch.ones(1, len(task))
     )

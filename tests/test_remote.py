@@ -95,6 +95,16 @@ def test_only_what_has_a_learngene_is_found_and_only_by_who_may(server: Hub) -> 
     assert [row.gated for row in find_remote(search="gated")] == [True]
 
 
+def test_a_pool_is_told_by_the_names_of_its_files(server: Hub) -> None:
+    card = b"---\nlicense: mit\ntags: [learngene]\n---\n"
+    server.repo("team/pool").commit({FILE: b"12", "README.md": card, "pool.json": b"{}"})
+    assert {row.repo for row in find_remote() if row.is_pool} == {"team/pool"}
+    shown = CliRunner().invoke(app, ["list", "--remote", "--search", "team", "--sort", "name"]).stdout.splitlines()
+    assert [line.split("\t")[:2] for line in shown] == [
+        ["name", "kind"], ["team/gated", "learngene"], ["team/pool", "pool"], ["team/small", "learngene"],
+    ]  # fmt: skip
+
+
 def test_a_page_is_one_request_and_a_row_another(server: Hub) -> None:
     assert len(find_remote()) == 4
     asked = [re.sub(r"\?.*", "", line) for line in server.requests]
@@ -327,6 +337,7 @@ def test_the_command_shows_a_table_ids_and_json(server: Hub) -> None:
     (row,) = json.loads(run("--json", "--max-bytes", "0.5kB").stdout)
     assert row == {
         "name": "stranger/odd",
+        "kind": "learngene",
         "method": None,
         "bytes": 500,
         "license": "apache-2.0",

@@ -125,6 +125,7 @@ def test_a_list_of_one_registry(run: Call, shelf: Path) -> None:
     assert run("list", "--json").json == [
         {
             "name": "base",
+            "kind": "learngene",
             "method": "tiny",
             "ancestor": "pico",
             "reach": "depth 1-2, width 4-8 step 4",
@@ -144,6 +145,15 @@ def test_a_second_registry_adds_the_column_of_origins(run: Call, own: Path) -> N
     assert [line.split("\t")[0] for line in lines] == ["base", "far", "near"]
     assert [line.split("\t")[6] for line in lines] == ["built-in", str(own), str(own)]
     assert lines[1] == f"far\tlsamd\t-\t-\t9.0 MB\tApache-2.0\t{own}\tFrom far away."
+
+
+def test_a_pool_is_told_from_a_learngene(run: Call, own: Path) -> None:
+    (own.parent / "genes" / "near" / "pool.json").write_text("{}")  # nobody reads it here
+    header, *lines = run("list").out.splitlines()
+    assert header.split("\t")[:3] == ["name", "kind", "method"]
+    assert [line.split("\t")[1] for line in lines] == ["learngene", "learngene", "pool"]
+    assert {row["name"]: row["kind"] for row in run("list", "--json").json}["near"] == "pool"
+    assert run("list", "--search", "base").out.splitlines()[0].split("\t")[1] == "method"
 
 
 def test_every_uri_of_a_list_is_one_that_other_commands_take(run: Call, own: Path, monkeypatch: Any) -> None:

@@ -151,11 +151,11 @@ def residuals(psi_NR: Tensor, whole_count: int, seed: int) -> Tensor:
     generator, columns = torch.Generator().manual_seed(seed_of("residuals", seed)), []
     whole = psi_NR.sum(0)
     for n in COUNTS:
-        drawn = min(n, count // 2)
-        apart = torch.empty(DRAWS, dtype=torch.float64)
-        for draw in range(DRAWS):
-            part = psi_NR[torch.randperm(count, generator=generator)[:drawn]].sum(0)
-            apart[draw] = (part / drawn - (whole - part) / (count - drawn)).norm()
+        drawn, picked_WN = min(n, count // 2), torch.zeros(DRAWS, count)
+        for row in picked_WN:
+            row[torch.randperm(count, generator=generator)[:drawn]] = 1
+        part_WR = picked_WN.to(psi_NR) @ psi_NR
+        apart = (part_WR / drawn - (whole - part_WR) / (count - drawn)).norm(dim=1).double()
         scale = math.sqrt((1 / n + 1 / whole_count) / (1 / drawn + 1 / (count - drawn)))
         columns.append(apart.quantile(torch.tensor(LEVELS, dtype=torch.float64)) * scale)
     return torch.stack(columns, dim=1).float()

@@ -109,24 +109,53 @@ def add_scaled(total: dict[str, Tensor], increment: Mapping[str, Tensor], weight
             total[name] = weight * tensor.float()
 
 
-def layers(anchor: Learngene, table_PN: Tensor) -> Tensor:
-    """Phi (L, N): what one unit of part n of an increment adds to block l of the descendant of the native shape.
+def layers(anchor: Learngene, table_PN: Tensor) -> dict[str, Tensor]:
+    """Key of a block -> Phi (L, N): what one unit of that tensor of part n of an increment adds to block l of the
+    descendant of the native shape; float64.
 
-    Read off ``expand`` itself, through one vector of each block, so that it holds for whatever rule of depth there is.
+    Read off ``expand`` itself, through parts that hold one number each, so that it holds for whatever rule of depth
+    there is; a rule may scale what a block writes, and then Phi is not the same for all keys.
     """
     from learngene_hub.methods import get_method  # the table of methods stands above this file
 
-    method, probe, width = get_method(anchor.method, anchor.settings), "norm1.bias", anchor.shape.width
+    method, depth = get_method(anchor.method, anchor.settings), anchor.shape.depth
     silent = {name: torch.zeros_like(tensor.float()) for name, tensor in anchor.tensors.items()}
-    columns = []
-    for column in table_PN.T:
+    found = {key: torch.zeros(depth, table_PN.shape[1], dtype=torch.float64) for key in BLOCK_KEYS}
+    for n, column in enumerate(table_PN.T):
         lit = {
-            f"{name}.{probe}": torch.full((width,), float(c)) for name, c in zip(places(anchor), column, strict=True)
+            f"{name}.{key}": torch.full_like(silent[f"{name}.{key}"], float(c))
+            for name, c in zip(places(anchor), column, strict=True)
+            for key in BLOCK_KEYS
         }
         state = method.expand(replace(anchor, tensors=_searched(anchor, silent) | lit), anchor.shape)
-        rows = (state[f"blocks.{i}.{probe}"] for i in range(anchor.shape.depth))
-        columns.append([0.0 if row is None else float(row[0]) for row in rows])
-    return torch.tensor(columns, dtype=torch.float64).T
+        for key, phi_LN in found.items():
+            rows = (state[f"blocks.{i}.{key}"] for i in range(depth))
+            phi_LN[:, n] = torch.tensor([0.0 if row is None else float(row.flatten()[0]) for row in rows])
+    return found
+
+
+def blocks_of(state: Mapping[str, Tensor | None], depth: int) -> dict[str, Tensor]:
+    """Key of a block -> (L, numbers of that tensor), of a ViT's state dict."""
+    found = {}
+    for key in BLOCK_KEYS:
+        rows = [state[f"blocks.{place}.{key}"] for place in range(depth)]
+        found[key] = torch.stack([row.flatten() for row in rows if row is not None])
+    return found
+
+
+def raised(
+    blocks: Mapping[str, Tensor], increment: Mapping[str, Tensor], layers: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Blocks, as of ``blocks_of``, with an increment ("n.key" -> tensor) added by ``layers``, under timm's names.
+
+    One product for each key, whose gradient is one product again: the blocks need none of their own.
+    """
+    state = {}
+    for key, phi_LN in layers.items():
+        parts = [increment[f"{n}.{key}"] for n in range(1, phi_LN.shape[1] + 1)]
+        rows = torch.addmm(blocks[key], phi_LN, torch.stack([part.flatten() for part in parts]))
+        state |= {f"blocks.{place}.{key}": row.view(parts[0].shape) for place, row in enumerate(rows.unbind())}
+    return state
 
 
 def _searched(anchor: Learngene, silent: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,19 +163,19 @@ def _searched(anchor: Learngene, silent: Mapping[str, Tensor]) -> dict[str, Tens
     return {name: anchor.tensors[name] if name.startswith("search.") else tensor for name, tensor in silent.items()}
 
 
-def fitted(changes: Mapping[str, Tensor], layers_LN: Tensor) -> tuple[dict[str, Tensor], float]:
+def fitted(changes: Mapping[str, Tensor], layers: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
     """(an increment, its residual) for changes of blocks: key -> (L, numbers of that tensor).
 
-    A = (Phi' Phi + e I)^-1 Phi' D with e = RIDGE tr(Phi' Phi) / N, and |D - Phi A| / |D| over all keys together.
+    A = (Phi' Phi + e I)^-1 Phi' D of each key, with e = RIDGE tr(Phi' Phi) / N, and |D - Phi A| / |D| over all keys
+    together.
     """
-    count = layers_LN.shape[1]
-    gram = layers_LN.T @ layers_LN
-    solve = torch.linalg.solve(gram + RIDGE * gram.trace() / count * torch.eye(count, dtype=gram.dtype), layers_LN.T)
     found, left, whole = {}, 0.0, 0.0
     for key, change in changes.items():
-        d_LM = change.double().flatten(1)
-        a_NM = solve @ d_LM
-        left += float((d_LM - layers_LN @ a_NM).square().sum())
+        d_LM, phi_LN = change.double().flatten(1), layers[key]
+        gram = phi_LN.T @ phi_LN
+        ridge = RIDGE * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
+        a_NM = torch.linalg.solve(gram + ridge, phi_LN.T) @ d_LM
+        left += float((d_LM - phi_LN @ a_NM).square().sum())
         whole += float(d_LM.square().sum())
         found |= {f"{n}.{key}": a.float().view(change.shape[1:]) for n, a in enumerate(a_NM, 1)}
     return found, (left / whole) ** 0.5 if whole else 0.0

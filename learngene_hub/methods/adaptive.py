@@ -109,7 +109,9 @@ class Adaptive:
         if self.anchor or self.parents:
             raise SettingsError("an increment asked of an ancestor; `learngene pool add` makes one, on a pool's anchor")
         parts = parts_of(ancestor, native)
-        found, residual = fitted(_stacked(parts, native.depth), design(native.depth, self.components))
+        found, residual = fitted(
+            _stacked(parts, native.depth), dict.fromkeys(transforms.BLOCK_KEYS, design(native.depth, self.components))
+        )
         tensors = {name: tensor for name, tensor in parts.items() if not name.startswith("block.")}
         tensors |= {f"component.{name}": tensor for name, tensor in found.items()}
         step = native.head_dim
