@@ -27,7 +27,7 @@ import yaml
 from _arms import file_digest, machine
 from _pool_arms import Network, Sources, make
 from _pool_cost import recipe_of
-from _runs import append_row, read_rows, run
+from _runs import append_row, precision_here, read_rows, run
 
 from learngene_hub.factory import evaluate
 
@@ -66,6 +66,7 @@ class Row(Job):
     ancestor: str  # sha256 of the finetuned ancestor's file
     digest: str  # sha256 of the learngene, or of the weights
     machine: str
+    precision: str  # of the training
 
     @property
     def job(self) -> Job:
@@ -95,13 +96,15 @@ def complete(rows: Sequence[Row], sources: Sources) -> set[Job]:
 def measure(job: Job, sources: Sources, out: Path) -> list[Row]:
     """Make one arm with one seed, test every network of it, and add the rows to ``out``."""
     began, config = time.perf_counter(), sources.read()
-    made = make(config, job.arm, job.seed, sources)
+    precision = precision_here(config["common"]["precision"])
+    made = make(config | {"common": config["common"] | {"precision": precision}}, job.arm, job.seed, sources)
     test = sources.images("test")
-    accuracies = [evaluate(each.model(), test, precision="bf16").accuracy for each in made.networks]
+    accuracies = [evaluate(each.model(), test, precision=precision).accuracy for each in made.networks]
     facts: dict[str, Any] = {
         **vars(job), **vars(made.cost), "stored_bytes": made.stored_bytes, "networks": len(made.networks),
         "seconds": round(time.perf_counter() - began, 1), "recipe": recipe_of(config, job.arm),
         "ancestor": file_digest(str(sources.finetuned)), "digest": made.digest, "machine": machine("cpu"),
+        "precision": precision,
     }  # fmt: skip
     rows = [line(each, accuracy, facts) for each, accuracy in zip(made.networks, accuracies, strict=True)]
     for row in rows:

@@ -248,7 +248,7 @@ def row(arm: str, seed: int, route: str, accuracy: float, **more: Any) -> pool.R
     facts |= dict(
         first_teacher=2 * 10**9, second_students=3 * 10**9, second_teacher=4 * 10**9, solving=0, seconds=1.0, networks=2
     )
-    facts |= dict(recipe=recipe, ancestor="a", digest="d", machine="m")
+    facts |= dict(recipe=recipe, ancestor="a", digest="d", machine="m", precision="fp32")
     return pool.Row(arm=arm, seed=seed, route=route, accuracy=accuracy, **(facts | more))
 
 
