@@ -229,6 +229,17 @@ def test_a_run_in_two_parts_tells_of_both_and_a_finished_one_writes_nothing(
     assert simulate(tiny(rounds=1, out=str(parts)), 2).lines == straight.lines[:4]  # anew: no traffic of the old run
 
 
+def test_a_run_goes_on_with_as_many_clients_as_divided_its_data(tmp_path: Path) -> None:
+    """Each client's images follow from their number."""
+    simulate(tiny(rounds=1, out=str(tmp_path)), 2)
+    with pytest.raises(SettingsError, match="3 clients asked; the run in .* divided its data among 2: 2, or another"):
+        simulate(tiny(rounds=2, out=str(tmp_path)), 3)
+    assert [row["round"] for row in simulate(tiny(rounds=2, out=str(tmp_path)), 2).history] == [1, 2]
+    (tmp_path / "simulation.json").write_text("[]")
+    with pytest.raises(StoreError, match="does not say among how many clients"):
+        simulate(tiny(rounds=3, out=str(tmp_path)), 2)
+
+
 def test_a_damaged_traffic_file_is_told_by_its_line(tmp_path: Path) -> None:
     path = tmp_path / "traffic.jsonl"
     good = '{"round": 1, "kind": "round", "node": "7", "down": 3, "up": 4, "answered": true}\n'

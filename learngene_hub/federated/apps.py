@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ client = make_client_app()
 server = make_server_app()
 
 ENGINES = ("process", "flower")
+SIMULATION_FILE = "simulation.json"  # in `out`: among how many clients a simulation divides the data
 CLIENTS = "clients"  # folder in `out`: the private parts of clients that are simulated here
 
 
@@ -42,6 +44,7 @@ def simulate(settings: Federation, clients: int, *, engine: str = "process") -> 
         Site.of(settings, {"partition-id": client, "num-partitions": clients})
     if settings.out:
         require_writable(Path(settings.out), "out")
+        _require_same_clients(Path(settings.out), clients)
     settings = _with_client_state(settings)
     if settings.client_state:
         require_writable(Path(settings.client_state), "client_state")
@@ -49,6 +52,29 @@ def simulate(settings: Federation, clients: int, *, engine: str = "process") -> 
         as_server()
         return conduct(MemoryGrid.of(make_client_app(settings), clients), settings)
     return _in_flower(settings, clients)
+
+
+def _require_same_clients(folder: Path, clients: int) -> None:
+    """Nothing, where a run that goes on in ``folder`` divides the data among as many clients as it did; the number of a
+    run that begins is written down.
+
+    Raises:
+        SettingsError: it divided them among another number: every client would go on with images of others.
+        StoreError: the file does not say.
+    """
+    path = folder / SIMULATION_FILE
+    if path.exists() and (folder / FILE).exists():
+        try:
+            before = int(json.loads(path.read_text("utf-8"))["clients"])
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise StoreError(f"{path} does not say among how many clients the data is divided; remove it") from error
+        if before != clients:
+            raise SettingsError(
+                f"{clients} clients asked; the run in {folder} divided its data among {before}: {before}, or another "
+                "out folder, would work"
+            )
+        return
+    path.write_text(json.dumps({"clients": clients}) + "\n", "utf-8")
 
 
 def require_clients(settings: Federation, clients: int) -> None:
