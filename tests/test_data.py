@@ -110,6 +110,15 @@ class TestSources:
         with pytest.raises(DataError, match="no split 'validation'; there: test, train"):
             load_images(tmp_path, split="validation", size=8)
 
+    def test_images_are_called_after_the_folder_above_a_split(self, tmp_path: Path) -> None:
+        write_classes(tmp_path / "pets" / "train")
+        file = write_parquet(
+            tmp_path / "maps" / "data" / "test-00000-of-00001.parquet", [encoded(COLORS[0])], [0], ["x"]
+        )
+        assert load_images(tmp_path / "pets", size=8).name == "pets"
+        assert load_images(tmp_path / "pets" / "train", size=8).name == "pets"
+        assert load_images(file, size=8).name == "maps"
+
     def test_a_class_may_be_called_train(self, tmp_path: Path) -> None:
         write_classes(tmp_path, ("bus", "train"))
         assert load_images(tmp_path, size=8).classes == ("bus", "train")
