@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -28,7 +29,10 @@ from _continual_growth import BASE, open_learngene, stored
 from safetensors.torch import load_file, save_file
 
 from learngene_hub import _pool_amounts
+from learngene_hub._pool_grow import RECIPE
+from learngene_hub.data import Images
 from learngene_hub.factory import expand, finetune
+from learngene_hub.learngene import Learngene
 from learngene_hub.pool import Pool
 from learngene_hub.training import Recipe
 
@@ -105,35 +109,53 @@ def selected(folder: Path, size: int, images: Path) -> dict[str, Any]:
     }
 
 
-def adding(sources: Sources) -> dict[str, Any]:
-    """CPU seconds of an entry of some images (training, and its key) and of finetuning the base on them."""
+def adding(sources: Sources) -> list[dict[str, Any]]:
+    """CPU seconds of an entry of some images (training, and its key) and of finetuning the base on them, in turn: as
+    the pool of the other stages grows, and with the default recipe. The ratio is the median of the rounds' ratios."""
     config = sources.read()
     base, images = open_learngene(stored(sources, BASE, 0)), corpus(sources, list(config["corpora"])[0], "train")
-    images = images.subset(range(sources.read()["cost"]["added"]))
-    folder, seconds = sources.work / "added-pool", {}
-    for turn in ("warm-up", "measured"):
-        shutil.rmtree(folder, ignore_errors=True)
-        pool = Pool.create(
-            folder, base, entry=config["pool"]["entry"], components=config["pool"]["components"],
-            image_size=config["image_size"],
+    images = images.subset(range(config["cost"]["added"]))
+    as_grown = recipe(config["pool"], precision=config["precision"], seed=1)
+    added(sources, base, images.subset(range(32)), as_grown)  # a warm-up
+    rows = []
+    for how in (as_grown, replace(RECIPE, precision=config["precision"], seed=1)):
+        entry, tuned = [], []
+        for _ in range(config["cost"]["rounds"]):
+            entry.append(added(sources, base, images, how))
+            tuned.append(finetuned(config, base, images, how))
+        rows.append(
+            {
+                "images": len(images), "epochs": how.epochs, "batch_size": how.batch_size,
+                "entry_cpu_seconds": [round(one, 2) for one in entry],
+                "finetuning_cpu_seconds": [round(one, 2) for one in tuned],
+                "ratio": round(statistics.median(a / b for a, b in zip(entry, tuned, strict=True)), 3),
+            }
         )  # fmt: skip
-        part = images.subset(range(32)) if turn == "warm-up" else images
-        began = time.process_time()
-        pool = pool.add(part, recipe=recipe(config["pool"], precision=config["precision"], seed=1))
-        seconds["entry"] = round(time.process_time() - began, 2)
-        told = pool.read(part.name).provenance
-        began = time.process_time()
-        size = {"num_labels": len(images.classes), "image_size": config["image_size"], "seed": 1}
-        model = expand(base, depth=12, width=192, **size)
-        for _ in finetune(model, part, recipe=recipe(config["finetuning"], precision=config["precision"], seed=1)):
-            pass
-        seconds["finetuning"] = round(time.process_time() - began, 2)
-    return {
-        "images": len(images),
-        "epochs": config["pool"]["epochs"],
-        "entry_training_wall_seconds": told["seconds"],
-        "cpu_seconds": seconds,
-    }
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def added(sources: Sources, base: Learngene, images: Images, how: Recipe) -> float:
+    """CPU seconds of an entry of these images in a new pool."""
+    config, folder = sources.read(), sources.work / "added-pool"
+    shutil.rmtree(folder, ignore_errors=True)
+    pool = Pool.create(
+        folder, base, entry=config["pool"]["entry"], components=config["pool"]["components"],
+        image_size=config["image_size"],
+    )  # fmt: skip
+    began = time.process_time()
+    pool.add(images, recipe=how)
+    return time.process_time() - began
+
+
+def finetuned(config: dict[str, Any], base: Learngene, images: Images, how: Recipe) -> float:
+    """CPU seconds of the base grown at its own size and finetuned on these images."""
+    began = time.process_time()
+    shape = {"depth": base.shape.depth, "width": base.shape.width, "image_size": config["image_size"]}
+    model = expand(base, num_labels=len(images.classes), seed=1, **shape)
+    for _ in finetune(model, images, recipe=how):
+        pass
+    return time.process_time() - began
 
 
 def measured(sources: Sources, repeats: int) -> dict[str, Any]:

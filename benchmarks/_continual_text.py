@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 WAYS = {"probe": "Linear probe of the ViT as it is grown", "tune": "After finetuning"}
@@ -90,9 +91,12 @@ def cost(found: dict[str, Any], growing: dict[str, Any]) -> str:
     if found:
         heads = [key.replace("_", " ") for key in keys]
         told.append(table(heads, [[str(row[key]) for key in keys] for row in found["selections"]]))
-        adding, took = found["adding"], found["adding"]["cpu_seconds"]
-        what = f"{adding['images']} images, {adding['epochs']} epochs"
-        told.append(f"{what}: {took['entry']} CPU seconds for an entry, {took['finetuning']} for finetuning")
+        told += [
+            f"{each['images']} images, {each['epochs']} epochs, batches of {each['batch_size']}: "
+            f"{median(each['entry_cpu_seconds'])} CPU seconds for an entry, "
+            f"{median(each['finetuning_cpu_seconds'])} for finetuning, ratio {each['ratio']}"
+            for each in found["adding"]
+        ]
     for what, part in growing.items():
         told.append(
             f"{what}: {part['images_seen']:.0f} images, {part['teraflops']:.3f} TFLOPs forward, "

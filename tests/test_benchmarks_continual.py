@@ -402,7 +402,8 @@ def test_the_memory_is_that_of_a_process_itself() -> None:
 
 def test_the_cost_in_words() -> None:
     told = {"entries": 5, "threads": 1, "selected": 2, "seconds": 3.5, "cpu_seconds": 2.5, "peak_megabytes": 900.0}
-    adding = {"images": 160, "epochs": 3, "cpu_seconds": {"entry": 2.0, "finetuning": 1.5}}
-    text = _continual_text.cost({"selections": [told | {"before_megabytes": 500.0}], "adding": adding}, {})
+    adding = {"images": 160, "epochs": 3, "batch_size": 16, "ratio": 1.25}
+    adding |= {"entry_cpu_seconds": [2.0, 9.0, 1.0], "finetuning_cpu_seconds": [1.5, 1.75, 1.0]}
+    text = _continual_text.cost({"selections": [told | {"before_megabytes": 500.0}], "adding": [adding]}, {})
     assert "| 5 | 1 | 2 | 3.5 | 2.5 | 900.0 | 500.0 |" in text
-    assert "160 images, 3 epochs: 2.0 CPU seconds for an entry, 1.5 for finetuning" in text
+    assert "160 images, 3 epochs, batches of 16: 2.0 CPU seconds for an entry, 1.5 for finetuning, ratio 1.25" in text
