@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -110,7 +111,11 @@ def _why_none(found: Selection, data: str) -> str:
     if found.entries:
         return ""
     if found.abstained:
-        return f"{data} is like none of the entries: the anchor alone is selected; --tolerance 2 allows more"
+        times = found.residual / found.threshold
+        return (
+            f"{data} is like none of the entries ({times:.1f} times as far as their own data): the anchor alone is "
+            f"selected; --tolerance {math.floor(10 * times + 1) / 10:g} allows more"
+        )
     if found.rule != "tals":
         return f"rule {found.rule} selects no entry: the anchor alone"
     without = "images of it that were held out are read as well without them"

@@ -2,9 +2,9 @@
 
 1. Shortlist, from the images alone: the task's key against those of the entries (``methods/_adaptive_match.py``). Where
    the task lies farther from the combination than 95 % of samples of the entries' own data do, nothing is selected, and
-   the anchor alone is left. The samples have as many images as the task, but at most SAMPLE (our change: samples of a
-   hundred images lie so near their own key that every task but more of the same data would be refused, and tasks twice
-   as far were found to gain much from increments).
+   the anchor alone is left. The samples have as many images as the task; where it has labels at most SAMPLE (our
+   change: samples of a hundred images lie so near their own key that every task but more of the same data would be
+   refused, while held-out labels tell in the second stage whether an increment helps).
 2. Amounts, where there are labels (``_pool_amounts.py``): a short training of the weights and a head, from
    s times the shares, s by cross-validation; nothing, where the anchor alone does as well (our reading). Without labels
    the weights are half of the shares.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from learngene_hub.pool import Pool
 
 TOLERANCE = 1.0  # times the 95th percentile: beyond it a task is of another kind
-SAMPLE = COUNTS[0]  # images of the samples that a task of as many, or more, may lie as far as
+SAMPLE = COUNTS[0]  # images of the samples that a labelled task of as many, or more, may lie as far as
 UNLABELLED = 0.5  # of the shares, where there are no labels
 MOST = 1000  # images of a task that are looked at
 
@@ -105,7 +105,7 @@ def select(
     model = _pool_features.seeing(pool.anchor, pool.manifest.key)
     seen_ND = _pool_features.features(model, task, pool.anchor)
     key = key_of([_pool_features.directions(seen_ND)], pool.manifest.key, measure=False)
-    found = shortlist(pool, key, k=most, tolerance=tolerance)
+    found = shortlist(pool, key, k=most, tolerance=tolerance, sample=SAMPLE if labelled else key.count)
     weights, scores = {sha256: UNLABELLED * share for sha256, share in found.shares.items()}, dict[str, float]()
     if rule != "tals":
         weights, scores = simple(pool, rule, model, task, key, labelled=labelled)
@@ -133,8 +133,11 @@ def select(
     )
 
 
-def shortlist(pool: Pool, key: Key, *, k: int, tolerance: float) -> Shortlist:
-    """The entries whose keys make up that of a task; of each entry its key is kept, and nothing else."""
+def shortlist(pool: Pool, key: Key, *, k: int, tolerance: float, sample: int = SAMPLE) -> Shortlist:
+    """The entries whose keys make up that of a task; of each entry its key is kept, and nothing else.
+
+    A task is refused beyond ``tolerance`` times what samples of its count, at most ``sample``, lie from their keys.
+    """
     keys = {row.sha256: Key.of(learngene.tensors) for row, learngene in pool.entries()}
     names = list(keys)
 
@@ -144,7 +147,7 @@ def shortlist(pool: Pool, key: Key, *, k: int, tolerance: float) -> Shortlist:
 
     means = torch.stack([one.mean for one in keys.values()])
     shares, residual = matched(key.mean, means, k, lambda chosen: left(chosen, key.count))
-    threshold = left(shares, min(key.count, SAMPLE))
+    threshold = left(shares, min(key.count, sample))
     return Shortlist(
         {names[t]: share for t, share in sorted(shares.items(), key=lambda item: -item[1])},
         residual,

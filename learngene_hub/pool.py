@@ -318,7 +318,7 @@ class Pool:
             labels: int64 (n,) of pixels; without them only the images are looked at.
             k: at most so many entries; 3 where left out, 1 of a pool of the form "blocks" or the topology "chain".
             tolerance: the selection is empty where the task lies farther from the mixture than this times what 95 % of
-                samples of the entries' own data do.
+                samples of the entries' own data do: of as many images, with labels of ten at most.
             rule: "tals", or one to compare it with, see ``_pool_baselines.py``: logme, nearest, soup, anchor.
 
         Raises:

@@ -17,10 +17,10 @@ from test_pool_cli import here as here  # fixtures
 from test_pool_cli import run as run
 from timm.models._hub import save_for_hf
 
-from learngene_hub import _pool_add, _pool_file, _pool_options, errors, hub, pool, training
+from learngene_hub import _pool_add, _pool_choose, _pool_file, _pool_options, errors, hub, pool, training
 from learngene_hub import data as data_sets
 from learngene_hub.learngene import Learngene
-from learngene_hub.pool import Pool
+from learngene_hub.pool import Pool, Selection
 from learngene_hub.registry import ENVIRONMENT
 from learngene_hub.training import Step
 
@@ -330,3 +330,11 @@ def test_the_state_lies_beside_the_pool(here: Path, monkeypatch: pytest.MonkeyPa
     assert _pool_add.state_of(".", "x") == here / "mine.x.training-state"
     assert issubclass(_pool_options.ElsewhereError, errors.StoreError)
     assert hub.POOL_FILE == _pool_file.MANIFEST
+
+
+def test_a_task_that_is_refused_is_told_what_would_take_it() -> None:
+    found = Selection(
+        anchor="a", pool="p", entries=(), abstained=True, residual=0.5, threshold=0.2, images=10, labelled=True
+    )
+    told = _pool_choose._why_none(found, "photos/")
+    assert "2.5 times as far" in told and "--tolerance 2.6 allows more" in told
