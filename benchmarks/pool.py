@@ -163,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [arm for arm in arms if arm not in config["arms"]]:
         raise SystemExit(f"arm {unknown[0]} asked; there are {', '.join(config['arms'])}")
     sources = Sources(data=args.data, ancestor=args.ancestor, work=args.work, learned=args.learned, config=args.config)
+    args.work.mkdir(parents=True, exist_ok=True)
     sources.make_ancestor()
     if args.stitches:
         from _pool_stitches import write
