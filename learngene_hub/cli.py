@@ -47,6 +47,7 @@ from learngene_hub._command import (
 )
 from learngene_hub._hf_extension import hf_extension
 from learngene_hub._output import Output
+from learngene_hub._plain_help import plain_help
 from learngene_hub._version import __version__
 
 if TYPE_CHECKING:
@@ -281,6 +282,7 @@ app.add_typer(_registry_commands.app)
 _pool_commands.mount(app)
 app.command()(verb(_federate.federate, {errors.TrainingError: "learngene federate --list-settings"}))
 app.command("hf-extension")(verb(hf_extension))
+plain_help(app)
 
 
 def main() -> None:

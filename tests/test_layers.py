@@ -70,6 +70,7 @@ ROOMS = [
         "_pool_options",
         "_federate",
         "_hf_extension",
+        "_plain_help",
         "_resume",
         "_command",
         "_output",
