@@ -39,7 +39,7 @@ ROOMS = [
     ["training", "_fit", "_processes", "_state", "_steps"],
     ["teacher", "_teacher_cache"],
     ["methods"],
-    ["factory", "_growth"],
+    ["factory", "_folder", "_growth", "_latency", "_planning", "_sizing"],
     ["widening"],
     [
         "pool",
@@ -52,7 +52,7 @@ ROOMS = [
         "_pool_merge",
         "_pool_write",
     ],
-    ["descendant", "_folder"],
+    ["descendant"],
     ["registry", "_registry_file"],
     ["card", "_card_descendant", "_card_facts", "_card_federation", "_card_results", "_card_shapes"],
     ["hub", "_push", "_pool_push", "_send", "_remote", "_store", "_client"],
