@@ -69,6 +69,7 @@ ROOMS = [
         "_pool_choose",
         "_pool_options",
         "_federate",
+        "_fit_size",
         "_hf_extension",
         "_resume",
         "_command",
