@@ -12,10 +12,17 @@ keep every limit, as ``prefer`` says:
 The descendants of a pool are networks of their own with measured accuracies, and "balanced" takes the most accurate, or
 the largest where one of them was not measured.
 
-The balanced rule: against the ancestor's own size, the log-odds of a descendant's accuracy fall by 0.43 with each
+The balanced rule: from the ancestor's own size on, the log-odds of a descendant's accuracy fall by 0.43 with each
 halving of the depth and by 1.33 with each halving of the width, rise by 0.19 with each doubling of the width, and fall
-by 0.69 with each doubling of the depth. So a small budget cuts the depth first, and a large one goes into width at the
-ancestor's depth. ``benchmarks/size_rule.py`` fits these numbers and says how much stands behind them.
+by 0.70 with each doubling of the depth. So a small budget cuts the depth first, and a large one goes into width at the
+ancestor's depth.
+
+The evidence (``benchmarks/size_rule.py``): 288 runs of 13 shapes at 64 px, after 3 or 5 epochs of tuning, of nine ways
+to grow them, all from one ancestor (DeiT-Tiny, 12x192). Under a budget of each measured shape's parameters, with slopes
+fitted without the arm in question, the rule takes the most accurate shape 39 times of 51 and loses 0.47 points in the
+mean; taking the deepest loses 9.6, the widest 5.0, the most parameters 0.5. Below the ancestor's size all nine agree.
+Above it there are five shapes of two arms, of which one is deeper, 16x192, so that -0.70 +- 0.85 and 0.19 +- 0.19 are
+little more than a sign; longer tuning may favour larger sizes. Of CNNs nothing was measured.
 """
 
 from __future__ import annotations
@@ -44,7 +51,7 @@ MAX_PARAMS = 2_000_000_000  # of a descendant, where no other limit is asked
 MOST = 512  # depths, and widths, that are looked at: a stranger's file may claim any number
 
 # Log-odds of accuracy per doubling: depth below and above the ancestor's, width below and above (size_rule.json).
-SLOPES = (0.43, -0.69, 1.33, 0.19)
+SLOPES = (0.43, -0.70, 1.33, 0.19)
 
 
 @dataclass(frozen=True, kw_only=True)

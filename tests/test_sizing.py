@@ -57,7 +57,7 @@ def flops(model: nn.Module) -> int:
 def log_odds(size: tuple[int, int]) -> float:
     """The measured rule, written out for an ancestor of 3 x 64."""
     depth, width = size
-    down = 0.43 * math.log2(depth / 3) if depth < 3 else -0.69 * math.log2(depth / 3)
+    down = 0.43 * math.log2(depth / 3) if depth < 3 else -0.70 * math.log2(depth / 3)
     return down + (1.33 * math.log2(width / 64) if width < 64 else 0.19 * math.log2(width / 64))
 
 
