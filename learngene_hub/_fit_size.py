@@ -83,7 +83,8 @@ def fit_size(
     balanced: the accuracy of measured descendants fell by far more with each halving of the width than of the depth,
     and above the ancestor's size rose with width alone. So a small budget takes blocks away, and a large one widens.
 
-    Latency is the median of single forwards of one image, kept under the device, torch's version, dtype and shape.
+    Latency is the median of single forwards of one image. It is kept in the folder LEARNGENE_CACHE, or else
+    ~/.cache/learngene_hub, under the device, torch's version, the dtype and the shape.
 
     \b
     learngene fit-size lsamd-base --max-params 5M

@@ -207,6 +207,8 @@ def frontier(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Those of which no other is as deep and as wide; of a pool, as accurate and as small, where all were measured."""
     if any(each.asked.keys() == {"settings"} and each.accuracy is None for each in candidates):
         return list(candidates)
+    if all(each.accuracy is None for each in candidates):  # of each width the deepest: a stranger's reach may be large
+        candidates = list({each.shape.width: each for each in sorted(candidates, key=lambda c: c.shape.depth)}.values())
 
     def worth(each: Candidate) -> tuple[float, float]:
         shape = each.shape
