@@ -10,6 +10,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import shlex
 import tempfile
 import warnings
@@ -36,6 +37,22 @@ NEXT: Mapping[type, str] = {  # error -> the command that helps, where one does;
     errors.TrainingError: "learngene {command} with a lower learning rate",
 }
 
+COUNTS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
+
+
+def parse_count(written: str | int) -> int:
+    """The number that ``5M``, ``500K``, ``1.5G`` or a plain number stand for.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?) ?([KMG]?)", str(written).strip().upper(), re.ASCII)
+    count = int(float(match[1]) * COUNTS[match[2]]) if match else 0
+    if count < 1:
+        raise typer.BadParameter(f"{written!r} is no number; 5M, 500K, 1.5G or 5000000 would work")
+    return count
+
+
 MIXTURE = "`learngene select {name} --data FEW_IMAGES --out DIR` writes a mixture of it, a learngene to grow"
 
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A registry name, a path, or ORG/REPO[@REVISION].")]
@@ -46,7 +63,10 @@ HeadsOption = Annotated[
     typer.Option("--heads", metavar="N[,N...]", help="Attention heads, or one number per block; native if left out."),
 ]
 MaxParamsOption = Annotated[
-    int | None, typer.Option("--max-params", help="At most so many parameters; of a pool, the best that has no more.")
+    int | None,
+    typer.Option(
+        "--max-params", parser=parse_count, metavar="N", help="The best size of at most so many parameters: 5M, 500K."
+    ),
 ]
 GrowthOption = Annotated[
     list[str] | None,
@@ -112,7 +132,7 @@ def verb(run: Callable[..., None], hints: Mapping[type, str] = MappingProxyType(
         out = chosen_output(**{parameter.name: given.pop(parameter.name) for parameter in shared})
         name = next((str(given[key]) for key in ("name", "model") if given.get(key)), "NAME")
         said = {key: shlex.quote(str(value)) for key, value in {**given, "name": name}.items()}
-        said["command"] = run.__name__.rstrip("_")
+        said["command"] = run.__name__.rstrip("_").replace("_", "-")
         call(functools.partial(run, out, **given), out, {**NEXT, **hints}, said)
 
     del command.__wrapped__

@@ -1,4 +1,4 @@
-"""Writing the folder of a descendant: its weights, and files that appear whole. Private to ``descendant.py``."""
+"""Writing the folder of a descendant: its weights, how large they are, and files that appear whole."""
 
 from __future__ import annotations
 
@@ -27,6 +27,19 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         SettingsError: a tensor that is no floating-point number of 16, 32 or 64 bits, nor BatchNorm's counter.
     """
+    header, ordered = weights_header(state)
+    with path.open("wb") as file:
+        file.write(header)
+        for name in ordered:
+            file.write(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def weights_header(state: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
+    """What stands before the tensors in the file of ``write_weights``, and their names in its order.
+
+    Raises:
+        SettingsError: as ``write_weights``.
+    """
     dtypes = {name: FLOATS.get(tensor.dtype) for name, tensor in state.items()}
     dtypes |= {name: "I64" for name in state if name.endswith(_COUNTER) and state[name].dtype == torch.int64}
     if odd := sorted(name for name in state if dtypes[name] is None):
@@ -39,10 +52,13 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
         header[name] = {"dtype": dtypes[name], "shape": list(state[name].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in ordered:
-            file.write(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return len(text).to_bytes(8, "little") + text, ordered
+
+
+def saved_bytes(state: Mapping[str, Tensor]) -> int:
+    """Bytes of the file that ``write_weights`` would write; of tensors on "meta" too."""
+    header, _ = weights_header(state)
+    return len(header) + sum(tensor.nbytes for tensor in state.values())
 
 
 def publish(staged: Path, folder: Path, *, whole: bool) -> None:

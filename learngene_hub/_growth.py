@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from learngene_hub._check import require_int
-from learngene_hub.errors import ArtefactError, LearngeneError, SettingsError, ShapeError
+from learngene_hub._planning import Sizes
+from learngene_hub._planning import with_settings as with_settings
+from learngene_hub._sizing import MAX_PARAMS as MAX_PARAMS
+from learngene_hub._sizing import Budget, Prefer, choose
+from learngene_hub.errors import LearngeneError, ShapeError
 from learngene_hub.learngene import Learngene
-from learngene_hub.methods import get_method, growth_of, is_planning
-from learngene_hub.methods._plain_plan import plan_plain
+from learngene_hub.methods import get_method
 from learngene_hub.shape import Shape
-
-MAX_PARAMS = 2_000_000_000  # the default budget of a descendant, parameters
-
-
-def with_settings(learngene: Learngene, settings: Mapping[str, Any] | None) -> Learngene:
-    """The same learngene with these settings laid over its own; itself where there are none.
-
-    Raises:
-        SettingsError: a setting that its method does not have, one that acts at extraction alone, a value out of its
-            range, or one that its tensors do not fit.
-    """
-    if not settings:
-        return learngene
-    changed = replace(learngene, settings={**learngene.settings, **settings})
-    method = get_method(changed.method, changed.settings)
-    acting = growth_of(type(method))
-    if acting is not None and (idle := sorted(settings.keys() - set(acting))):
-        raise SettingsError(
-            f"setting {idle[0]} asked of a learngene that is extracted already; of {changed.method} "
-            f"{', '.join(acting) or 'none'} act at growth, and {idle[0]} at extraction"
-        )
-    try:
-        method.check({name: tuple(tensor.shape) for name, tensor in changed.tensors.items()}, changed.shape)
-    except ArtefactError as error:
-        raise SettingsError(
-            f"settings {dict(settings)} asked; this learngene was not made with them: {error}"
-        ) from error
-    return changed
 
 
 def plan(
@@ -54,66 +27,34 @@ def plan(
     num_labels: int | None = None,
     image_size: int | None = None,
     in_chans: int = 3,
-    max_params: int | None = None,
+    max_params: float | None = None,
+    max_flops: float | None = None,
+    max_bytes: float | None = None,
+    max_latency_ms: float | None = None,
+    prefer: Prefer = "balanced",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Shape:
     """The shape that ``expand`` would grow with these sizes, checked, without allocating anything.
 
+    A size left out is the native one; beside a budget (``max_...``) a depth or width left out is chosen, as
+    ``_sizing.py`` says. ``dtype`` and ``device`` are those of ``max_bytes`` and ``max_latency_ms``.
+
     Raises:
         ShapeError: there is no such network, or it is outside the learngene's reach.
-        BudgetError: it has more than ``max_params`` parameters (MAX_PARAMS where left out).
-        SettingsError: ``settings`` that this learngene cannot be grown with.
+        BudgetError: the network asked, or every one within reach, is beyond the budget (MAX_PARAMS where left out).
+        SettingsError: ``settings`` that this learngene cannot be grown with, or an unknown ``prefer``.
     """
     learngene = with_settings(learngene, settings)
-    if num_labels is not None and (isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 1):
-        raise ShapeError(f"num_labels {num_labels!r} asked; a classifier has a whole number of at least 1")
-    if max_params is not None:
-        require_int("max_params", max_params, at_least=1)
-    asked = None if heads is None else _heads(heads)
-    _require_sizes(learngene, {"depth": depth, "width": width, "image_size": image_size, "in_chans": in_chans})
-    method = get_method(learngene.method, learngene.settings)
-    if is_planning(method):
-        shape = method.plan(
-            learngene, depth=depth, width=width, heads=asked, num_labels=num_labels, image_size=image_size,
-            in_chans=in_chans, max_params=max_params,
-        )  # fmt: skip
-    else:
-        shape = plan_plain(
-            learngene, depth=depth, width=width, heads=asked, num_labels=num_labels, image_size=image_size,
-            in_chans=in_chans,
-        )  # fmt: skip
-    shape.require_budget(MAX_PARAMS if max_params is None else max_params)
-    return shape
-
-
-def _require_sizes(learngene: Learngene, sizes: Mapping[str, int | None]) -> None:
-    """Nothing, where each of them is None or a whole number from 1 on.
-
-    Raises:
-        ShapeError: one is not; of a depth or a width below 1 it names what is within reach.
-    """
-    for name, size in sizes.items():
-        if size is None:
-            continue
-        if name in ("depth", "width") and type(size) is int and size < 1:
-            native = {"depth": learngene.shape.depth, "width": learngene.shape.width}
-            learngene.reach.require(**native | {name: size})
-        require_int(name, size, at_least=1)
-
-
-def _heads(heads: Any) -> int | tuple[int, ...]:
-    """One number of heads, or one for each block.
-
-    Raises:
-        ShapeError: it is neither.
-    """
-    numbers: tuple[Any, ...] = tuple(heads) if isinstance(heads, (list, tuple)) and heads else (heads,)
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise ShapeError(f"heads {number!r} asked; it is a whole number, or one for each block")
-        if number < 1:
-            raise ShapeError(f"{number} heads asked; 1 is the least that works")
-    return numbers if isinstance(heads, (list, tuple)) else numbers[0]
+    sizes = Sizes(
+        depth=depth, width=width, heads=heads, num_labels=num_labels, image_size=image_size, in_chans=in_chans
+    )
+    budget = Budget(
+        max_params=max_params, max_flops=max_flops, max_bytes=max_bytes, max_latency_ms=max_latency_ms, dtype=dtype,
+        device=device,
+    )  # fmt: skip
+    return choose(learngene, sizes, budget, prefer)
 
 
 def expand(
@@ -129,10 +70,11 @@ def expand(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     seed: int = 0,
-    max_params: int | None = None,
+    max_params: float | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """The timm model of these sizes grown from ``learngene``; a size left out is the native one.
+    """The timm model of these sizes grown from ``learngene``; a size left out is the native one, beside ``max_params``
+    the best that fits (``plan``, which takes other budgets too).
 
     What the method leaves fresh (the head) is drawn with ``seed``, as ``Shape.fresh`` says; in a ViT: weights from a
     normal of 0.02 cut at 2 deviations, biases 0, norms 1. ``dtype`` defaults to float32. ``settings`` are laid over
@@ -140,7 +82,7 @@ def expand(
 
     Raises:
         ShapeError: there is no such network, or it is outside the learngene's reach.
-        BudgetError: it has more than ``max_params`` parameters; nothing was allocated.
+        BudgetError: more than ``max_params`` parameters; nothing was allocated.
         SettingsError: ``settings`` that this learngene cannot be grown with.
     """
     learngene = with_settings(learngene, settings)

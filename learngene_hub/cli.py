@@ -18,6 +18,7 @@ from learngene_hub import (
     _exchange,
     _extraction,
     _federate,
+    _fit_size,
     _pool_commands,
     _registry_commands,
     _shelf,
@@ -154,6 +155,9 @@ def _cost(shape: Shape, dtype: str) -> dict[str, Any]:
         "flops": shape.flops(),
         "bytes": shape.bytes(NUMBER_BYTES[dtype]),
     }
+
+
+app.command("fit-size")(verb(_fit_size.fit_size))
 
 
 @app.command()

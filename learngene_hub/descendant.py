@@ -36,7 +36,7 @@ from learngene_hub._folder import FLOATS, publish
 from learngene_hub._folder import write_weights as write_weights
 from learngene_hub._version import __version__
 from learngene_hub.errors import SettingsError, ShapeError, StoreError
-from learngene_hub.factory import grow, plan, with_settings
+from learngene_hub.factory import Prefer, grow, plan, with_settings
 from learngene_hub.shape import Preprocessing, Shape, shape_of
 
 if TYPE_CHECKING:
@@ -105,10 +105,17 @@ class Descendant(TimmWrapperForImageClassification):
         device: torch.device | str | None = None,
         seed: int = 0,
         revision: str | None = None,
-        max_params: int | None = None,
+        max_params: float | None = None,
+        max_flops: float | None = None,
+        max_bytes: float | None = None,
+        max_latency_ms: float | None = None,
+        prefer: Prefer = "balanced",
         settings: Mapping[str, Any] | None = None,
     ) -> Descendant:
         """The model of these sizes grown from a learngene; a size left out is the native one.
+
+        With one or more of ``max_...`` a depth and a width left out are chosen: of all shapes within the learngene's
+        reach that keep every limit, the one that ``prefer`` takes. What is given stays.
 
         Args:
             name_or_path_or_uri: a name of the registry, a file or folder, or ``org/repo``; or a ``Pool``.
@@ -120,13 +127,23 @@ class Descendant(TimmWrapperForImageClassification):
             dtype: of the weights, float32 where left out.
             seed: of what the learngene does not hold, the head; the global random state is neither used nor changed.
             revision: of a Hub repository.
-            max_params: the most parameters that it may have.
+            max_params: the most parameters that it may have; 5e6 is a number too.
+            max_flops: the most floating-point operations of one image's forward, two per multiply-add.
+            max_bytes: the most bytes of the file of its weights, once saved, in ``dtype``.
+            max_latency_ms: the most milliseconds of one image's forward (batch 1) in ``dtype`` on ``device``. They are
+                measured here, which takes up to a minute the first time, and kept (``_latency.py``).
+            prefer: "balanced": by the accuracy of measured descendants, which keeps the ancestor's width and gives up
+                depth where the budget is small, and widens at the ancestor's depth where it is large; of a pool its
+                most accurate descendant. "depth", "width": the deepest, the widest. Or a function of a ``Shape``, of
+                which the largest is taken.
             settings: laid over those of the learngene for this call, such as ``{"components": 2}`` of ldr.
 
         Raises:
             ShapeError: no such network, one outside the learngene's reach, or labels that contradict each other.
-            BudgetError: more than ``max_params`` parameters; nothing was allocated.
-            SettingsError: a dtype or device that cannot be used, or settings that the learngene cannot be grown with.
+            BudgetError: the depth and width asked, or everything within reach, is beyond a limit; no weights were
+                allocated, and the message names the smallest.
+            SettingsError: a dtype or device that cannot be used, an unknown ``prefer``, or settings that the
+                learngene cannot be grown with.
             RegistryError, StoreError, ArtefactError: no such learngene, or one that cannot be read.
         """
         place, number = _device(device), _dtype(dtype)
@@ -149,7 +166,8 @@ class Descendant(TimmWrapperForImageClassification):
         changed = with_settings(learngene, settings)
         shape = plan(
             changed, depth=depth, width=width, heads=heads, num_labels=classes, image_size=image_size,
-            in_chans=in_chans, max_params=max_params,
+            in_chans=in_chans, max_params=max_params, max_flops=max_flops, max_bytes=max_bytes,
+            max_latency_ms=max_latency_ms, prefer=prefer, dtype=number, device=place,
         )  # fmt: skip
         model = grow(changed, shape, drop_path_rate=drop_path_rate, dtype=number, device=place, seed=seed)
         return wrap(

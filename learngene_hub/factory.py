@@ -23,6 +23,7 @@ from learngene_hub._growth import grow as grow
 from learngene_hub._growth import grown_state as grown_state
 from learngene_hub._growth import plan as plan
 from learngene_hub._growth import with_settings as with_settings
+from learngene_hub._sizing import Prefer as Prefer
 from learngene_hub.data import Images, ordered_batches
 from learngene_hub.errors import ArtefactError, DataError, SettingsError, StoreError
 from learngene_hub.learngene import Learngene
@@ -299,7 +300,7 @@ def constrain(
     image_size: int | None = None,
     in_chans: int = 3,
     seed: int = 0,
-    max_params: int | None = None,
+    max_params: float | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """A descendant as ``expand`` grows it, of which ``finetune`` trains the learngene's components and not the blocks.

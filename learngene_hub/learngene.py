@@ -242,7 +242,7 @@ class Learngene:
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         seed: int = 0,
-        max_params: int | None = None,
+        max_params: float | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> nn.Module:
         """The timm model grown from this learngene; see ``learngene_hub.factory.expand``."""

@@ -89,4 +89,6 @@ def test_settings_that_do_not_fit_are_one_line(run: Call, heads: str, tmp_path: 
 
 def test_show_takes_a_budget(run: Call) -> None:
     shown = run("show", "lsamd-base", "--depth", "4", "--max-params", "1000")
+    assert shown.code == 1 and "at most 1,000 parameters asked; the smallest in reach, 4x64, has" in shown.err
+    shown = run("show", "lsamd-base", "--depth", "4", "--width", "192", "--max-params", "1000")
     assert shown.code == 1 and "at most 1,000 are allowed" in shown.err

@@ -273,8 +273,8 @@ def test_a_descendant_over_the_budget_is_refused_before_anything_is_built(
         factory.expand(gene, depth=24, width=100_000)
     shape = factory.plan(gene, depth=2)
     with pytest.raises(BudgetError, match="would fit"):
-        factory.expand(gene, depth=2, max_params=shape.params() - 1)
-    assert factory.plan(gene, depth=2, max_params=shape.params()) == shape
+        factory.expand(gene, depth=2, width=shape.width, max_params=shape.params() - 1)
+    assert factory.plan(gene, depth=2, width=shape.width, max_params=shape.params()) == shape
 
 
 def test_out_of_reach_is_told_before_the_budget(gene: Learngene) -> None:

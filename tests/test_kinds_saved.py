@@ -142,7 +142,7 @@ def test_from_learngene_takes_heads_settings_and_a_budget(tmp_path: Path) -> Non
     back = Descendant.from_pretrained(tmp_path / "grown").timm_model
     assert shape_of(back) == shape_of(want)
     assert all(torch.equal(entry, back.state_dict()[name]) for name, entry in want.state_dict().items())
-    with pytest.raises(BudgetError, match="at most 1,000 are allowed"):
+    with pytest.raises(BudgetError, match="at most 1,000 parameters asked; the smallest in reach, 1x64"):
         Descendant.from_learngene(path, max_params=1000)
     with pytest.raises(SettingsError, match="slect"):
         Descendant.from_learngene(path, settings={"slect": "even"})

@@ -320,6 +320,11 @@ def test_the_choice_is_the_most_accurate_route_that_fits() -> None:
     assert factory.plan(best, max_params=10**9) == sizes[20] and factory.plan(best, depth=6) == sizes[20]
     assert factory.plan(best, depth=6, width=8) == sizes[2]  # both sizes of an instance: it alone, whatever it scores
     assert factory.plan(best, depth=6, width=8, max_params=sizes[2].params() - 1) == sizes[20]
+    for limit in (sizes[0].flops(), sizes[25].flops(), 10**12):  # the same by any other limit
+        fitting = [n for n, shape in sizes.items() if shape.flops() <= limit]
+        assert factory.plan(learngene, max_flops=limit) == sizes[max(fitting)]
+        assert factory.plan(learngene, depth=7, max_flops=10**12) == sizes[max(n for n in sizes if sizes[n].depth == 7)]
+    assert factory.plan(learngene, max_params=10**9, prefer=lambda shape: -shape.params()) == sizes[0]
     untold = replace(learngene, provenance={})
     assert factory.plan(untold, max_params=10**9) == sizes[21]  # the largest
 
@@ -348,7 +353,9 @@ def test_what_no_route_has_is_refused_with_the_nearest_and_who_has_it() -> None:
         with pytest.raises(ShapeError, match=message):
             factory.plan(learngene, **sizes)  # type: ignore[arg-type]
     least = factory.plan(learngene, settings={"route": 0}).params()
-    with pytest.raises(BudgetError, match=f"the smallest route that fits, 0 .*, has {least:,}"):
+    with pytest.raises(
+        BudgetError, match=f"the smallest in reach, {factory.plan(learngene, settings={'route': 0})}, has {least:,}"
+    ):
         factory.plan(learngene, max_params=least - 1)
 
 

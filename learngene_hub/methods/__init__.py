@@ -19,11 +19,13 @@ from learngene_hub.methods.adaptive import Adaptive
 from learngene_hub.methods.auto import Auto
 from learngene_hub.methods.base import (
     Constrainable,
+    Listing,
     Method,
     Planning,
     Resumable,
     Taught,
     is_constrainable,
+    is_listing,
     is_planning,
     is_resumable,
     is_taught,
@@ -167,6 +169,7 @@ def _require_kinds(method: type, settings: Mapping[str, Any]) -> None:
 __all__ = [
     "METHODS",
     "Constrainable",
+    "Listing",
     "Method",
     "Planning",
     "Resumable",
@@ -174,6 +177,7 @@ __all__ = [
     "get_method",
     "growth_of",
     "is_constrainable",
+    "is_listing",
     "is_planning",
     "is_resumable",
     "is_taught",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from learngene_hub import transforms
 from learngene_hub._check import shortest_ratio
 from learngene_hub._stitched import StitchedShape
-from learngene_hub.errors import ArtefactError, BudgetError, ShapeError
+from learngene_hub.errors import ArtefactError, ShapeError
 from learngene_hub.learngene import Learngene
 from learngene_hub.methods._stitch_net import StitchNet
 from learngene_hub.methods._stitching import Leg, Route, both_ways, one_way
@@ -172,7 +172,6 @@ def choose(
     num_labels: int | None,
     image_size: int | None,
     in_chans: int,
-    max_params: int | None,
 ) -> AnyShape:
     """The route that fits these sizes best: the most accurate by the learngene's own table, else the largest.
 
@@ -182,7 +181,6 @@ def choose(
 
     Raises:
         ShapeError: no route has these sizes.
-        BudgetError: the routes that have them have more than ``max_params`` parameters.
     """
     instances, routes = routes_in(learngene, nearest=nearest)
     changed = {"in_chans": in_chans}
@@ -194,7 +192,7 @@ def choose(
         if route not in shapes:
             raise ShapeError(f"route {route} asked; this pool has {_ranges(sorted(shapes))}")
         shapes = {route: shapes[route]}
-    elif depth is None and width is None and heads is None and max_params is None:
+    elif depth is None and width is None and heads is None:
         return instances[max(instances)]
     fitting = {
         number: shape
@@ -203,20 +201,13 @@ def choose(
     }
     if not fitting:
         raise ShapeError(_nothing_fits(shapes, learngene.shape, route, depth, width, heads))
-    within = {n: shape for n, shape in fitting.items() if max_params is None or shape.params() <= max_params}
-    if not within:
-        least = min(fitting, key=lambda number: fitting[number].params())
-        raise BudgetError(
-            f"at most {max_params:,} parameters asked; the smallest route that fits, {least} ({fitting[least]}), has "
-            f"{fitting[least].params():,}"
-        )
-    plain = {n: shape for n, shape in within.items() if isinstance(shape, ViTShape)}
+    plain = {n: shape for n, shape in fitting.items() if isinstance(shape, ViTShape)}
     if depth is not None and width is not None and plain:
-        within = plain
+        fitting = plain
     known = accuracies(learngene)
-    if within.keys() <= known.keys():  # of equal ones the smallest
-        return within[max(within, key=lambda number: (known[number], -within[number].params(), -number))]
-    return within[max(within, key=lambda number: (within[number].params(), -number))]
+    if fitting.keys() <= known.keys():  # of equal ones the smallest
+        return fitting[max(fitting, key=lambda number: (known[number], -fitting[number].params(), -number))]
+    return fitting[max(fitting, key=lambda number: (fitting[number].params(), -number))]
 
 
 def _has_heads(shape: AnyShape, heads: int | Sequence[int] | None) -> bool:

@@ -120,19 +120,26 @@ class Stitching:
         in_chans: int,
         max_params: int | None,
     ) -> Shape:
-        """The most accurate route of these sizes within ``max_params``, by the learngene's own table, else the largest.
+        """The most accurate route of these sizes, by the learngene's own table, else the largest.
 
         ``width`` is that of the last block. With the setting ``route`` it is that route; with nothing asked it is the
         native shape, the largest instance. A route inside one instance is a plain ViT.
 
         Raises:
             ShapeError: no route has these sizes; the message names the nearest.
-            BudgetError: those that have are larger than ``max_params``.
         """
+        del max_params  # the factory chooses among ``descendants``
         return _stitch_growth.choose(
             learngene, nearest=self.nearest, route=self.route, depth=depth, width=width, heads=heads,
-            num_labels=num_labels, image_size=image_size, in_chans=in_chans, max_params=max_params,
+            num_labels=num_labels, image_size=image_size, in_chans=in_chans,
         )  # fmt: skip
+
+    def descendants(self, learngene: Learngene) -> list[tuple[dict[str, Any], float | None]]:
+        """Each route, or the one that the setting ``route`` names, and its accuracy in the learngene's own table."""
+        _, routes = _stitch_growth.routes_in(learngene, nearest=self.nearest)
+        known = _stitch_growth.accuracies(learngene)
+        numbers = [self.route] if self.route >= 0 else [route.id for route in routes]
+        return [({"route": number}, known.get(number)) for number in numbers]
 
     def expand(self, learngene: Learngene, shape: Any) -> dict[str, Tensor | None]:
         """Every parameter of the route of ``shape``, as it was trained; the head is fresh (None) where the classes are

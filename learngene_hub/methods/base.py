@@ -82,8 +82,8 @@ class Planning(Method, Protocol):
     ) -> Shape:
         """The shape grown with these sizes, each None (left out) or at least 1; checked, nothing allocated.
 
-        ``heads`` is one number for all blocks, or one for each. ``max_params`` is what the caller asked for: whether
-        the shape keeps it is checked afterwards.
+        ``heads`` is one number for all blocks, or one for each. ``max_params`` is None: budgets are kept by the
+        factory, which asks for one size after the other.
 
         Raises:
             ShapeError: a size that these learngenes have no descendant of; the message names what they have.
@@ -94,6 +94,22 @@ class Planning(Method, Protocol):
 def is_planning(method: Method) -> TypeGuard[Planning]:
     """Whether the method declares ``plan``."""
     return callable(getattr(method, "plan", None))
+
+
+class Listing(Planning, Protocol):
+    """A planning method whose descendants are so many networks, of which several may have one depth and one width.
+
+    It is one by declaring ``descendants``.
+    """
+
+    def descendants(self, learngene: Learngene) -> list[tuple[dict[str, Any], float | None]]:
+        """Of each descendant the growth settings that ``plan`` finds it by, and its measured accuracy, per cent."""
+        ...
+
+
+def is_listing(method: Method) -> TypeGuard[Listing]:
+    """Whether the method declares ``descendants``."""
+    return callable(getattr(method, "descendants", None))
 
 
 class Resumable(Method, Protocol):
