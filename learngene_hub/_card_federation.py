@@ -52,7 +52,7 @@ def made_lines(federation: Mapping[str, Any]) -> list[str]:
     """What is told beside method and ancestor: the layers and the cluster."""
     lines = []
     if layers := numbers(federation.get("layers")):
-        lines.append(f"- **Layers in the file:** {', '.join(f'{layer:g}' for layer in layers)}.")
+        lines.append(f"- **Layers in the file, counted from 0:** {', '.join(f'{layer:g}' for layer in layers)}.")
     if (cluster := amount(federation.get("cluster"))) is not None:
         lines.append(f"- **Cluster:** number {cluster} of the run, counted from 0.")
     return lines

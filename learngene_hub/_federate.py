@@ -31,7 +31,8 @@ def federate(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", help="A sample (signdigits), parquet or image folder, or Hub data set; clients divide it."
+            "--data",
+            help="A sample, parquet or image folder, or Hub data set; clients divide it [signdigits, a sample].",
         ),
     ] = None,
     folder: FolderOption = None,
@@ -141,7 +142,7 @@ def _run(out: Output, settings: Any, clients: int, engine: str) -> None:
         "accuracy": last.get("accuracy"),
         "learngenes": len(outcome.learngenes),
         "learngene_bytes": [learngene.nbytes for learngene in outcome.learngenes],
-        **{f"{name}_bytes": value for name, value in totals(outcome.lines).items()},
+        **{f"{name}_bytes": value for name, value in totals(outcome.lines).items() if value or name != "newcomer"},
         "seconds": outcome.seconds,
     }
     out.facts(facts, key="strategy")
@@ -151,8 +152,6 @@ def _run(out: Output, settings: Any, clients: int, engine: str) -> None:
     for why in sorted({each.why for each in left}):
         count = sum(each.why == why for each in left)
         out.note(f"{count} of {clients} clients left out of the last round: {why}")
-    if outcome.learngenes and not settings.out:
-        out.note("Nothing was written; --out DIR keeps the learngenes")
     if outcome.learngenes and settings.out:
         out.note(_next(Path(settings.out), len(outcome.learngenes), settings.image_size))
 

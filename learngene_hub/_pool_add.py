@@ -167,10 +167,11 @@ class _Making:
 
 def _entry_name(name: str | None, data: str | None, entry: Path | None) -> str:
     """The name that was asked, or one made from that of the file or of the data."""
-    from learngene_hub._pool_file import name_after
+    from learngene_hub._pool_file import name_after, require_name
     from learngene_hub.data import called
 
-    if name:
+    if name is not None:
+        require_name(name)
         return name
     return name_after(entry.stem[:12] if entry is not None else called(str(data)))
 

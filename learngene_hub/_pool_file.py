@@ -53,14 +53,23 @@ class Row:
     bytes: int
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.name, str) and NAME.match(self.name)):
-            raise SettingsError(
-                f"name {self.name!r:.80} asked; up to 64 letters, digits, '.', '_' and '-' would work: pacs-photo"
-            )
+        require_name(self.name)
         if not (isinstance(self.sha256, str) and SHA256.match(self.sha256)):
             raise ArtefactError(f"{self.name} has sha256 {short(self.sha256)}; it is 64 hex digits")
         if type(self.bytes) is not int or not 8 < self.bytes <= 2 * MAX_BYTES:
             raise ArtefactError(f"{self.name} has {short(self.bytes)} bytes; a whole number is needed")
+
+
+def require_name(name: str) -> None:
+    """Nothing, where an entry can be called so.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    if not (isinstance(name, str) and NAME.match(name)):
+        raise SettingsError(
+            f"name {name!r:.80} asked; up to 64 letters, digits, '.', '_' and '-' would work: pacs-photo"
+        )
 
 
 def name_after(called: str) -> str:

@@ -24,6 +24,7 @@ from learngene_hub.learngene import Learngene
 from learngene_hub.methods import _adaptive_merge as merge
 from learngene_hub.methods import _auxiliary, get_method
 from learngene_hub.methods._adaptive_key import LEAST, Key, Space, key_of, scale_of
+from learngene_hub.methods._lesson import Log
 from learngene_hub.methods.adaptive import Adaptive
 from learngene_hub.shape import Reach, ViTShape
 from learngene_hub.training import (
@@ -74,6 +75,7 @@ def grown(
     if ancestor is not None:
         increment, told = _projected(base, ancestor, pool.table(), None if recipe else limit)
     if ancestor is None or recipe is not None:
+        _require_classes(images)
         chosen = recipe or RECIPE
         trainee = Trainee.of(
             base, increment, pool.table(), classes=len(images.classes), image_size=space.image_size, seed=chosen.seed
@@ -85,6 +87,14 @@ def grown(
     told |= {"classes": list(images.classes), "counts": images.labels.bincount(minlength=len(images.classes)).tolist()}
     told |= {"data": {images.name: {"images": len(images)}}}
     return _as_learngene(pool, increment, key, space, parents, told)
+
+
+def _require_classes(images: Images) -> None:
+    """Nothing, where an increment can be trained on these images (DataError)."""
+    count = len(images.classes)
+    if count < 2 or len(images) < count:
+        what = f"{images.name} has {len(images)} images of {count} class{'' if count == 1 else 'es'}"
+        raise DataError(f"{what}; two classes or more, with an image of each at least, would train an entry")
 
 
 def rekeyed(pool: Pool, images: Images, learngene: Learngene) -> Learngene:
@@ -246,25 +256,19 @@ class Trainee:
     ) -> dict[str, Any]:
         """Trains the increment and the head; what it took."""
         batches, per_epoch = image_batches(images, recipe, self.preprocessing)
-        loss = classification_loss(recipe)
+        loss, log = classification_loss(recipe), Log()
         if teacher is not None:
             loss = _taught(loss, teacher, len(images.classes))
         steps = fit(
-            self.module, batches, loss, recipe=recipe, steps_per_epoch=per_epoch, state_dir=state_dir, device=device
-        )
-        last, losses = None, list[float]()
+            self.module, batches, loss, recipe=recipe, steps_per_epoch=per_epoch, state_dir=state_dir, device=device,
+            extra=log,
+        )  # fmt: skip
         for step in watch(steps):
-            last = step
-            losses += [round(step.loss, 5)] if step.epoch_done else []
-        told = {"recipe": asdict(recipe), "loss": losses}
-        if last is not None:
-            seen = last.images
-            told |= {
-                "steps": last.step,
-                "images_seen": seen,
-                "flops": seen * self.flops,
-            }
-        return told
+            log.add(step)
+        return {
+            "recipe": asdict(recipe), "loss": log.losses, "steps": log.steps, "images_seen": log.images,
+            "flops": log.images * self.flops,
+        }  # fmt: skip
 
     def increment(self) -> dict[str, Tensor]:
         """What was trained, without the head: "n.key" -> tensor on the CPU."""

@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import FedAvg, FedProx
 
 from learngene_hub.errors import LearngeneError, StoreError, TrainingError
 from learngene_hub.federated import _saved
-from learngene_hub.federated._round import tell_round
+from learngene_hub.federated._round import LOG, tell_round
 from learngene_hub.federated._saved import Cluster, Progress
 from learngene_hub.federated.artefact import CLUSTER_FILES, ROUNDS, learngene_of, rounds_text, write_out
 from learngene_hub.federated.client import to_record
@@ -87,6 +87,8 @@ def conduct(grid: Grid, settings: Federation) -> Outcome:
         client_shape(settings, native, client)
     if folder is not None:
         _make(folder)
+    else:
+        LOG.info("out is empty: nothing is kept, neither learngenes nor rounds to go on from")
     metered = Metered(grid, folder / TRAFFIC if folder else None)
     outcome = (_flowers_run if settings.strategy in FLOWERS else _our_run)(metered, settings, native, folder)
     if folder is not None and not (outcome.done_before == len(outcome.history) and is_written(folder, outcome)):
