@@ -53,11 +53,12 @@ def draw(found: dict[str, Any], rows: Sequence[Row], config: dict[str, Any], pat
     figure, axes = pyplot.subplots(len(ways), across, figsize=(3.6 * across, 3.4 * len(ways) + 0.8), squeeze=False)
     for line, way in zip(axes, ways, strict=True):
         sizes = [size for size in config["ways"][way]["sizes"] if size]
-        whole = everywhere([row for row in rows if row.way == way], sizes)
+        depths = found["ways"][way]["by_size_depths"]
+        whole = everywhere([row for row in rows if row.way == way and row.depth in depths], sizes)
         for panel, name in zip(line, [None, *sets], strict=True):
             _panel(panel, [row for row in whole if name in (None, row.set)], list(found["ways"][way]["by_size"]))
-            depths = ", ".join(map(str, sorted({row.depth for row in whole})))
-            panel.set_title(f"{name or 'mean of the sets'}, {TITLES[way]}, depth {depths}", fontsize=9, loc="left")
+            told = ", ".join(map(str, depths))
+            panel.set_title(f"{name or 'mean of the sets'}, {TITLES[way]}, depth {told}", fontsize=9, loc="left")
             panel.set_xticks(found["sizes"])
             panel.set_xlim(found["sizes"][0] - 0.45, found["sizes"][-1] + 0.45)
         line[0].set_ylabel("test accuracy, %")

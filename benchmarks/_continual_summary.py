@@ -100,15 +100,19 @@ def comparison(rows: Sequence[Row], config: dict[str, Any]) -> dict[str, Any]:
         }
 
     last = [row for row in rows if row.size == full]
+    at_all_sizes = common_depths(rows, lambda row: (row.arm, row.size))
+    of_all_arms = common_depths(last, lambda row: row.arm)
     own = [arm for arm in ("pool", "pool-sure", "pool-shares") if arm in arms]
     parts = {"all": list(rows)} | {str(size): [row for row in rows if row.size == size] for size in sizes}
     parts |= {f"{name}, {full}": [row for row in last if row.set == name] for name in config["sets"]}
     depths = sorted({row.depth for row in rows})
     parts |= {f"depth {depth}, {full}": [row for row in last if row.depth == depth] for depth in depths}
     return {
-        "by_size": table(lambda row: row.size, rows),
+        "by_size_depths": at_all_sizes,
+        "by_set_depths": of_all_arms,
+        "by_size": table(lambda row: row.size, [row for row in rows if row.depth in at_all_sizes]),
         "by_depth": table(lambda row: row.depth, last),
-        "by_set": table(lambda row: row.set, last),
+        "by_set": table(lambda row: row.set, [row for row in last if row.depth in of_all_arms]),
         "differences": {
             arm: {
                 base: {part: difference(some, arm, base) for part, some in parts.items()}
@@ -118,6 +122,14 @@ def comparison(rows: Sequence[Row], config: dict[str, Any]) -> dict[str, Any]:
             for arm in own
         },
     }
+
+
+def common_depths(rows: Sequence[Row], pick: Callable[[Row], Any]) -> list[int]:
+    """The depths that there are for everything that ``pick`` tells apart: other means cannot be compared."""
+    found: dict[Any, set[int]] = {}
+    for row in rows:
+        found.setdefault(pick(row), set()).add(row.depth)
+    return sorted(set.intersection(*found.values())) if found else []
 
 
 def forgetting(rows: Sequence[Grown], names: Sequence[str]) -> dict[str, Any]:

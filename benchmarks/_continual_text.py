@@ -109,8 +109,11 @@ def text(found: dict[str, Any]) -> str:
     """All tables."""
     parts = []
     for way, part in found["ways"].items():
-        parts.append(f"## {WAYS[way]}: accuracy, mean over tasks and depths\n\n{by(part['by_size'], 'corpora so far')}")
-        parts.append(f"At the end:\n\n{by(part['by_depth'], 'depth')}\n\n{by(part['by_set'], 'set')}")
+        sizes, sets = (", ".join(map(str, part[f"by_{what}_depths"])) for what in ("size", "set"))
+        heading = f"## {WAYS[way]}: accuracy, mean over tasks, depth {sizes}"
+        parts.append(f"{heading}\n\n{by(part['by_size'], 'corpora so far')}")
+        parts.append(f"At the end:\n\n{by(part['by_depth'], 'depth')}\n\nAt the end, depth {sets}:")
+        parts.append(by(part["by_set"], "set"))
         parts.append(f"Paired differences, error over tasks:\n\n{differences(part['differences'])}")
     parts.append(f"## A linear probe on the corpora\n\n{forgetting(found['forgetting'])}")
     if found["selections"]:
