@@ -68,7 +68,7 @@ def plan_of(learngene: Learngene, sizes: Sizes) -> Shape:
     if is_planning(method):
         return method.plan(
             learngene, depth=sizes.depth, width=sizes.width, heads=asked, num_labels=labels,
-            image_size=sizes.image_size, in_chans=sizes.in_chans, max_params=None,
+            image_size=sizes.image_size, in_chans=sizes.in_chans,
         )  # fmt: skip
     return plan_plain(
         learngene, depth=sizes.depth, width=sizes.width, heads=asked, num_labels=labels,

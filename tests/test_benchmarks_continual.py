@@ -407,3 +407,24 @@ def test_the_cost_in_words() -> None:
     text = _continual_text.cost({"selections": [told | {"before_megabytes": 500.0}], "adding": [adding]}, {})
     assert "| 5 | 1 | 2 | 3.5 | 2.5 | 900.0 | 500.0 |" in text
     assert "160 images, 3 epochs, batches of 16: 2.0 CPU seconds for an entry, 1.5 for finetuning, ratio 1.25" in text
+
+
+def test_the_prose_says_the_numbers_of_the_results() -> None:
+    """benchmarks/README.md is written by hand; what it says of differences and costs stands in the results."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    whole = (folder / "README.md").read_text(encoding="utf-8")
+    prose = " ".join(whole[whole.index("## continual.py") : whole.index("## federated.py")].split())
+    found = json.loads((folder / "results" / "continual.json").read_text(encoding="utf-8"))
+    probe, tuned = (found["ways"][way]["differences"]["pool"] for way in ("probe", "tune"))
+
+    def told(part: dict[str, Any]) -> str:
+        return f"{part['mean']:+.1f} ± {part['se']:.1f}".replace("+0.0", "0.0").replace("-0.0", "0.0")
+
+    assert f"(probe {told(probe['sequential']['5'])}, finetuned {told(tuned['sequential']['5'])})" in prose
+    for base in ("anchor", "retrain", "last", "soup"):
+        assert f"({told(probe[base]['5'])}, {told(tuned[base]['5'])})" in prose, base
+    assert f"(`oracle`, known afterwards) is {told(probe['oracle']['5'])[1:]} ahead" in prose
+    small, default = found["cost"]["adding"]
+    assert f"takes {default['ratio']:.2f} times" in prose and f"and {small['ratio']:.2f} times with 3 epochs" in prose
+    for arm in ("base", "last", "sequential", "retrain", "pool"):
+        assert f"{found['forgetting'][arm]['all']:.1f}" in prose, arm

@@ -118,7 +118,6 @@ class Stitching:
         num_labels: int | None,
         image_size: int | None,
         in_chans: int,
-        max_params: int | None,
     ) -> Shape:
         """The most accurate route of these sizes, by the learngene's own table, else the largest.
 
@@ -128,7 +127,6 @@ class Stitching:
         Raises:
             ShapeError: no route has these sizes; the message names the nearest.
         """
-        del max_params  # the factory chooses among ``descendants``
         return _stitch_growth.choose(
             learngene, nearest=self.nearest, route=self.route, depth=depth, width=width, heads=heads,
             num_labels=num_labels, image_size=image_size, in_chans=in_chans,

@@ -207,7 +207,6 @@ class Auto:
         num_labels: int | None,
         image_size: int | None,
         in_chans: int,
-        max_params: int | None,
     ) -> Shape:
         """The shape of these sizes. Where no depth is asked: a ViT of the ancestor's, a CNN of its skeleton.
 

@@ -78,12 +78,11 @@ class Planning(Method, Protocol):
         num_labels: int | None,
         image_size: int | None,
         in_chans: int,
-        max_params: int | None,
     ) -> Shape:
         """The shape grown with these sizes, each None (left out) or at least 1; checked, nothing allocated.
 
-        ``heads`` is one number for all blocks, or one for each. ``max_params`` is None: budgets are kept by the
-        factory, which asks for one size after the other.
+        ``heads`` is one number for all blocks, or one for each. Budgets are kept by the factory, which asks for one
+        size after the other.
 
         Raises:
             ShapeError: a size that these learngenes have no descendant of; the message names what they have.

@@ -211,7 +211,6 @@ class Cluster:
         num_labels: int | None,
         image_size: int | None,
         in_chans: int,
-        max_params: int | None,
     ) -> ViTShape | HeadsShape:
         """The shape of a descendant; a size left out is the ancestor's.
 
@@ -221,7 +220,6 @@ class Cluster:
         Raises:
             ShapeError: another width, more blocks than the ancestor's, or heads out of reach.
         """
-        del max_params  # checked of what comes back
         native: ViTShape = learngene.shape
         if depth is None:
             depth = len(heads) if isinstance(heads, tuple) else native.depth

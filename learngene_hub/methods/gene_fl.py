@@ -142,7 +142,6 @@ class GeneFl:
         num_labels: int | None,
         image_size: int | None,
         in_chans: int,
-        max_params: int | None,
     ) -> Shape:
         """The ViT of these sizes; or the native VGG, of which only images and classes vary.
 

@@ -282,7 +282,6 @@ class Heuristic:
         num_labels: int | None,
         image_size: int | None,
         in_chans: int,
-        max_params: int | None,
     ) -> Shape:
         """The descendant of these sizes; a CNN's depth counts convolutions (VGG) or residual blocks (ResNet).
 
