@@ -69,7 +69,7 @@ def test_growth_reads_no_setting_but_those_that_act_there(name: str, monkeypatch
     assert acting <= {field.name for field in fields(BUILT_IN[name])}
     recorder = Recorder(type(method), monkeypatch)
     if is_planning(method):
-        sizes = dict.fromkeys(("depth", "width", "heads", "num_labels", "image_size", "max_params"))
+        sizes = dict.fromkeys(("depth", "width", "heads", "num_labels", "image_size"))
         shape = method.plan(learngene, **{**sizes, "in_chans": 3, **asked})
     else:
         shape = factory.plan(learngene, **asked)
