@@ -71,6 +71,11 @@ class Output:
             for name, value in lines:
                 print(f"{name:<{gap}}  {_one_line(value)}" if gap else f"{name}\t{_one_line(value)}")
 
+    def lines(self, written: str) -> None:
+        """Prints text that is laid out already, for people; scripts get ``facts`` of the same."""
+        if self.human:
+            print(written)
+
     def note(self, message: str) -> None:
         """A remark for people, on stderr; scripts (json, quiet) are spared."""
         if self.human:

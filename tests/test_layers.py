@@ -39,7 +39,7 @@ ROOMS = [
     ["training", "_fit", "_processes", "_state", "_steps"],
     ["teacher", "_teacher_cache"],
     ["methods"],
-    ["factory", "_folder", "_growth", "_latency", "_planning", "_sizing"],
+    ["factory", "_first_head", "_folder", "_growth", "_latency", "_planning", "_sizing"],
     ["widening"],
     [
         "pool",
@@ -58,6 +58,16 @@ ROOMS = [
     ["hub", "_push", "_pool_push", "_send", "_remote", "_store", "_client"],
     ["federated"],
     [
+        "comparison",
+        "_compare_make",
+        "_compare_plan",
+        "_compare_row",
+        "_compare_run",
+        "_compare_summary",
+        "_jobs",
+        "_mimetic",
+    ],
+    [
         "cli",
         "_workshop",
         "_extraction",
@@ -68,6 +78,7 @@ ROOMS = [
         "_pool_add",
         "_pool_choose",
         "_pool_options",
+        "_compare",
         "_federate",
         "_fit_size",
         "_hf_extension",

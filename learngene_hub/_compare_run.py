@@ -1,0 +1,149 @@
+"""One run of a comparison: grow, give a head, train, test. Private to ``comparison.py``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import time
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from learngene_hub._compare_make import cost_of, digest_of, drawn, learngene_of
+from learngene_hub._compare_plan import Data, Plan, Start, parse_shape
+from learngene_hub._compare_row import Job, Row
+from learngene_hub._first_head import fit_head
+from learngene_hub._mimetic import write_mimetic
+from learngene_hub.data import Images, load_images
+from learngene_hub.errors import ShapeError
+from learngene_hub.factory import evaluate, expand, finetune
+from learngene_hub.shape import IMAGENET, Preprocessing, ViTShape, shape_of
+
+VERSIONS = ("learngene-hub", "torch", "timm")
+
+
+def key_of(plan: Plan, job: Job) -> tuple[Job, str, str]:
+    """``Row.key`` of a run of ``job`` made now."""
+    data = next(each for each in plan.data if each.name == job.data)
+    return job, plan.identity(plan.start(job.start), data), digest_of(plan, job)
+
+
+def measure(given: tuple[Job, str], plan: Plan) -> Row:
+    """One run of one job on one device.
+
+    Raises:
+        ShapeError: the start has no descendant of that shape.
+    """
+    job, device = given
+    began, start = time.perf_counter(), plan.start(job.start)
+    data = next(each for each in plan.data if each.name == job.data)
+    train, test = _images(data, plan, "train"), _images(data, plan, "test")
+    model, preprocessing, facts = _begun(job, plan, start, len(train.classes))
+    recipe = plan.recipe_of(start, job.seed)
+    looked = fit_head(model, train, how=plan.head_of(start), preprocessing=preprocessing, device=device, seed=job.seed)
+    tested = plan.epochs_tested(start, recipe.epochs)
+    reached = {0: evaluate(model, test, preprocessing=preprocessing, device=device).accuracy}
+    seen, seconds = 0, 0.0
+    for step in finetune(model, train, recipe=recipe, preprocessing=preprocessing, device=device):
+        seen, seconds = step.images, step.seconds
+        if step.epoch_done and step.epoch + 1 in tested:
+            reached[step.epoch + 1] = evaluate(model, test, preprocessing=preprocessing).accuracy
+    shape = shape_of(model)
+    return Row(
+        **asdict(job),
+        **facts,
+        depth=shape.depth,
+        width=shape.width,
+        classes=len(train.classes),
+        images=len(train),
+        tested=len(test),
+        epochs=" ".join(map(str, reached)),
+        accuracies=" ".join(f"{accuracy:.4f}" for accuracy in reached.values()),
+        accuracy=round(reached[max(reached)], 4),
+        params=shape.params(),
+        flops=shape.flops(),
+        images_seen=seen,
+        train_flops=float(shape.flops()) * (3 * seen + looked),
+        seconds=round(seconds, 2),
+        wall_seconds=round(time.perf_counter() - began, 2),
+        digest=digest_of(plan, job),
+        recipe=plan.identity(start, data),
+        precision=recipe.precision,
+        versions=" ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS),
+        machine=machine(device),
+    )
+
+
+def _begun(job: Job, plan: Plan, start: Start, classes: int) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:
+    """The model at its start, what it expects of pixels, and what the row says of where it is from.
+
+    Raises:
+        ShapeError: there is no descendant of that shape.
+    """
+    if start.is_fresh:
+        depth, width = parse_shape(job.shape)
+        shape = ViTShape(
+            depth=depth, width=width, heads=width // plan.head_dim, image_size=plan.image_size, classes=classes
+        )
+        model = drawn(shape, job.seed)
+        if start.kind == "mimetic":
+            write_mimetic(model, seed=job.seed)
+        facts = {"kind": start.kind, "stored_bytes": 0}
+        return (
+            model,
+            IMAGENET,
+            facts | dict.fromkeys(("extraction_images", "extraction_flops", "extraction_seconds"), 0.0),
+        )
+    learngene, nbytes = learngene_of(plan, job)
+    native = job.shape == "native"
+    depth, width = (learngene.shape.depth, learngene.shape.width) if native else parse_shape(job.shape)
+    model = expand(
+        learngene, depth=depth, width=width, num_labels=classes, image_size=plan.image_size, seed=job.seed
+    )  # a learngene of fixed sizes raises where this is none of them
+    shape = shape_of(model)
+    if (shape.depth, shape.width) != (depth, width):
+        raise ShapeError(f"{start.name} has no {job.shape}; it grew {shape}")
+    return model, learngene.preprocessing, {"kind": start.kind, "stored_bytes": nbytes, **cost_of(learngene, start)}
+
+
+def _images(data: Data, plan: Plan, split: str) -> Images:
+    if split == "test":
+        return _read(data.source, "test", plan.image_size, plan.tested)
+    if data.per_class is None:
+        return _read(data.source, "train", plan.image_size, data.images)
+    return _of_each_class(_read(data.source, "train", plan.image_size, None), data.per_class)
+
+
+@lru_cache(maxsize=16)
+def _read(source: str, split: str, size: int, limit: int | None) -> Images:
+    """A split, decoded once per process; all of it where it has no more than ``limit`` images."""
+    return load_images(source, split=split, size=size, limit=limit)
+
+
+def _of_each_class(images: Images, count: int) -> Images:
+    """The first ``count`` of each class in an order drawn with seed 0, fewer where there are fewer."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    labels = images.labels[order]
+    kept = torch.cat([order[labels == c][:count] for c in labels.unique()])
+    return images.subset(kept.sort().values)
+
+
+def machine(device: str) -> str:
+    """What ran, in words: the GPU's name, or the processor's and the threads used."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{processor()}, {torch.get_num_threads()} thread(s)"
+
+
+def processor() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.machine())

@@ -1,0 +1,106 @@
+"""compare: any learngenes, methods and baselines at any shapes on any data, with one recipe; one row of a CSV per run.
+
+    plan = Plan.of({"starts": ["lsamd-base", "net2net", "random"], "shapes": ["6x192"], "data": ["signdigits"],
+                    "ancestor": "deit_tiny_patch16_224"})
+    for done in compare(plan, "compared.csv", workers=2):
+        ...
+    print(as_text(summarise(read_rows("compared.csv"))))
+
+A run is one start at one shape on one data set with one seed: the descendant is grown (or drawn), gets its head, is
+trained and tested. What a start is stands in ``_compare_plan.py``, one run in ``_compare_run.py``, a row in
+``_compare_row.py``, and what the rows say in ``_compare_summary.py``.
+
+Runs that are in the file already are not made again, where they were made from the same bytes with the same recipe.
+Jobs go seed by seed, so that what is there of an interrupted comparison is balanced.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from learngene_hub import _jobs
+from learngene_hub._compare_make import make, required
+from learngene_hub._compare_plan import BASELINES as BASELINES
+from learngene_hub._compare_plan import Plan as Plan
+from learngene_hub._compare_plan import Start as Start
+from learngene_hub._compare_row import Job as Job
+from learngene_hub._compare_row import Row as Row
+from learngene_hub._compare_run import key_of, measure
+from learngene_hub._compare_summary import as_text as as_text
+from learngene_hub._compare_summary import summarise as summarise
+from learngene_hub.errors import ShapeError, StoreError
+
+POLL = 1.0  # seconds between two looks for what another process makes
+PATIENCE = 6 * 3600.0  # seconds for one learngene that another process makes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """What became of a job."""
+
+    job: Job
+    count: int  # of those that are done
+    of: int  # that were to do
+    row: Row | None = None
+    error: BaseException | None = None
+    out_of_reach: bool = False  # the start has no descendant of that shape; no row is written
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of a comparison's file, in its order; none where there is no file.
+
+    Raises:
+        StoreError: it is another kind of file.
+    """
+    return _jobs.read_rows(path, Row)
+
+
+def compare(plan: Plan, out: str | Path, *, workers: int = 1, devices: tuple[str, ...] = ("cpu",)) -> Iterator[Done]:
+    """Run what is missing of ``plan`` in ``out``; yields what became of each job.
+
+    Learngenes that a start is made from are made first, and kept in ``plan.work``. Under `accelerate launch` each
+    process runs its share of the jobs.
+
+    Args:
+        workers: processes, of one thread each where they compute on a CPU.
+        devices: jobs are dealt out to them in turn.
+
+    Raises:
+        SettingsError, DataError, RegistryError, StoreError: something of the plan is not there; nothing was run.
+    """
+    rank, world, local = _jobs.share()
+    mine = (devices[local % len(devices)],) if world > 1 else devices
+    makings = required(plan)
+    for _, _, error in _jobs.run_all(makings[rank::world], partial(make, plan=plan, device=mine[0]), workers):
+        if error is not None:
+            raise error
+    _wait_for([making.path(plan) for making in makings])
+    known = {row.key for row in read_rows(out)}
+    todo = [job for job in plan.jobs() if key_of(plan, job) not in known][rank::world]
+    dealt = [(job, mine[count % len(mine)]) for count, job in enumerate(todo)]
+    for count, (job, row, error) in enumerate(_run(dealt, plan, workers), start=1):
+        if row is not None:
+            _jobs.append_row(out, row)
+        unreachable = isinstance(error, ShapeError)
+        yield Done(job=job, count=count, of=len(todo), row=row, error=error, out_of_reach=unreachable)
+
+
+def _run(
+    dealt: list[tuple[Job, str]], plan: Plan, workers: int
+) -> Iterator[tuple[Job, Row | None, BaseException | None]]:
+    for (job, _), row, error in _jobs.run_all(dealt, partial(measure, plan=plan), workers):
+        yield job, row, error
+
+
+def _wait_for(paths: list[Path]) -> None:
+    """Waits until other processes of the launcher have made theirs."""
+    began = time.monotonic()
+    for path in paths:
+        while not path.exists():
+            if time.monotonic() - began > PATIENCE:
+                raise StoreError(f"{path} was not made by another process within {PATIENCE / 3600:.0f} hours")
+            time.sleep(POLL)
