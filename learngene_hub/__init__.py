@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from learngene_hub.factory import expand as expand
     from learngene_hub.factory import extract as extract
     from learngene_hub.factory import finetune as finetune
+    from learngene_hub.factory import fit_head as fit_head
     from learngene_hub.hub import find_remote as find_remote
     from learngene_hub.hub import list_learngenes as list_learngenes
     from learngene_hub.learngene import Learngene as Learngene
@@ -78,6 +79,7 @@ _HOME = {  # public name -> the module that defines it
     "find_remote": "hub",
     "finetune": "factory",
     "fit": "training",
+    "fit_head": "factory",
     "list_learngenes": "hub",
     "load_images": "data",
 }

@@ -118,12 +118,15 @@ def compare(
 
 
 def _plan(file: Path | None, asked: dict[str, Any], out: Path) -> Plan:
-    """The plan of a file, with what was asked beside it laid over."""
+    """The plan of a file, with what was asked beside it laid over; starts that the file describes stay as it says."""
     from learngene_hub.comparison import Plan
 
     said = read_settings(file, [])
+    known = said.get("starts")
+    if isinstance(known, dict) and asked["starts"] and all(name in known for name in asked["starts"]):
+        asked = {**asked, "starts": {name: known[name] for name in asked["starts"]}}  # these of the plan
     for key, value in asked.items():
-        if isinstance(value, dict):
+        if key in ("recipe", "fresh"):
             value = {**(said.get(key) or {}), **{k: v for k, v in value.items() if v is not None}} or None
         if value is not None and value != []:
             said[key] = value

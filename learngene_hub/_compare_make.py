@@ -29,7 +29,7 @@ from learngene_hub.factory import extract
 from learngene_hub.hub import locate, pull
 from learngene_hub.learngene import Learngene
 from learngene_hub.shape import Preprocessing, ViTShape
-from learngene_hub.teacher import teacher_logits
+from learngene_hub.teacher import Answers, Teacher
 from learngene_hub.training import Batches, Recipe, distillation_loss, fit, image_batches, logits_of
 
 DISTILLED = Recipe(lr=1e-3, batch_size=64, schedule="cosine", warmup=0.1, augment=Augment(flip=True, crop_padding=6))
@@ -167,10 +167,9 @@ def _distilled(
     """
     start, began = making.start, time.perf_counter()
     images, native = _joined(data), ViTShape.of(ancestor)
-    size = start.teacher_size or native.image_size
-    teacher = ViTShape.of(ancestor) if size == native.image_size else replace(native, image_size=size)
-    said_NC = teacher_logits(_at_size(ancestor, teacher).to(device), images, size=size, preprocessing=preprocessing)
-    teacher_flops = teacher.flops() * len(images) / start.sizes
+    teacher = Teacher(ancestor.to(device), preprocessing, cache=Path(plan.work) / "said")
+    answers = Answers(teacher, data, size=start.teacher_size, preprocessing=preprocessing, role="ancestor")
+    said_NC, teacher_flops = answers.of_all(), answers.flops * len(images) / start.sizes
     depth, width = parse_shape(making.shape)
     heads = width // native.head_dim
     shape = replace(native, depth=depth, width=width, heads=heads, image_size=plan.image_size)
@@ -210,18 +209,6 @@ def _joined(data: dict[str, Images]) -> Images:
     """All images of all data sets, with one label."""
     pixels = torch.cat([each.pixels for each in data.values()])
     return Images(pixels, torch.zeros(len(pixels), dtype=torch.int64), ("any",), "+".join(data))
-
-
-def _at_size(model: nn.Module, shape: ViTShape) -> nn.Module:
-    """A copy of the ancestor that takes images of this shape's size."""
-    from learngene_hub.transforms import resample_positions
-
-    copy = shape.build()
-    state = dict(model.state_dict())
-    side, prefix = shape.image_size // shape.patch, int(shape.class_token)
-    state["pos_embed"] = resample_positions(state["pos_embed"], side, prefix)
-    copy.load_state_dict(state, strict=True)
-    return copy.eval()
 
 
 def drawn(shape: ViTShape, seed: int) -> nn.Module:

@@ -69,6 +69,12 @@ TrainSplitOption = Annotated[str, typer.Option("--train-split", help="The split 
 TestSplitOption = Annotated[str, typer.Option("--test-split", help="The split to test on; '' for none.")]
 EpochsOption = Annotated[int, typer.Option("--epochs", help="Passes over the training images.")]
 RateOption = Annotated[float, typer.Option("--lr", help="Peak learning rate.")]
+HeadOption = Annotated[
+    str, typer.Option("--head", help="fresh; or means, whitened: from the class means of its own features.")
+]
+DecayOption = Annotated[
+    float, typer.Option("--layer-decay", help="Factor of the rate from each block to the one before it; 1: one rate.")
+]
 BatchOption = Annotated[int, typer.Option("--batch-size", help="Images per update.")]
 CompileOption = Annotated[bool, typer.Option("--compile", help="Use torch.compile.")]
 LogOption = Annotated[Path | None, typer.Option("--log", help="Write each step: FILE.csv, or a TensorBoard folder.")]
@@ -91,6 +97,8 @@ def finetune(
     epochs: EpochsOption = 3,
     lr: RateOption = 3e-4,
     batch_size: BatchOption = 64,
+    head: HeadOption = "fresh",
+    layer_decay: DecayOption = 1.0,
     seed: SeedOption = 0,
     precision: PrecisionOption = "fp32",
     compile: CompileOption = False,
@@ -113,7 +121,10 @@ def finetune(
     """
     from learngene_hub.training import Recipe
 
-    recipe = Recipe(epochs=epochs, lr=lr, batch_size=batch_size, precision=precision, compile=compile, seed=seed)
+    recipe = Recipe(
+        epochs=epochs, lr=lr, batch_size=batch_size, precision=precision, compile=compile, seed=seed,
+        layer_decay=layer_decay,
+    )  # fmt: skip
     pixels, growth = one_size(image_size, size), read_settings(None, settings or [])
     state = state_of(folder)
     if resume and is_finished(folder / "model.safetensors", state):

@@ -14,6 +14,7 @@ the public names are those here.
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 Batches = Callable[[int], Iterable[Any]]
 Loss = Callable[[Any, Any], Tensor]
 SCHEDULES = ("one-cycle", "cosine", "constant")
+STEM = r"(?:^|\.)(?:patch_embed\.|cls_token$|pos_embed$|norm_pre\.)"  # of timm's VisionTransformer
+AFTER = -1  # the layer of what follows the blocks
 NEVER_DECAYED = ("pos_embed", "cls_token")  # timm's VisionTransformer.no_weight_decay, beside all 1-D tensors
 
 
@@ -58,6 +61,7 @@ class Recipe:
     weight_decay: float = 0.05  # of tensors of two and more dimensions
     schedule: str = "one-cycle"  # "one-cycle" (torch's OneCycleLR, betas left alone), "cosine" to 0, "constant"
     warmup: float = 0.3  # share of all updates in which the rate rises; "constant" has none
+    layer_decay: float = 1.0  # factor of the rate from each block of a ViT to the one before it; the head has all of it
     label_smoothing: float = 0.0
     clip: float | None = None  # largest norm of the whole gradient
     accumulate: int = 1  # micro-batches per update
@@ -80,6 +84,10 @@ class Recipe:
         _require(
             is_number(self.warmup) and 0 <= self.warmup < 1,
             f"warmup is a share of all steps from 0 to below 1, not {self.warmup!r}",
+        )
+        _require(
+            is_number(self.layer_decay) and 0 < self.layer_decay <= 1,
+            f"layer_decay is a factor above 0 and at most 1, not {self.layer_decay!r}",
         )
         _require(
             is_number(self.label_smoothing) and 0 <= self.label_smoothing < 1,
@@ -186,17 +194,47 @@ def _report(run: Run, loss: float, epoch: int) -> Step:
 def parameter_groups(model: nn.Module, recipe: Recipe, *, lr: float | None = None) -> list[dict[str, Any]]:
     """AdamW groups "decay" and "no-decay" of what is trainable: 1-D tensors, pos_embed and cls_token do not decay.
 
-    An empty group is left out. `lr` is the peak of both, None the recipe's.
+    An empty group is left out. `lr` is the peak of both, None the recipe's. With a `layer_decay` below 1 there are two
+    groups for each block, whose rate is `lr` times layer_decay ** (L + 1 - i) for block i of L, from 1: 0 is the stem,
+    L + 1 what follows the blocks (as BEiT is finetuned: Bao et al., ICLR 2022, arXiv:2106.08254).
+
+    Raises:
+        SettingsError: a `layer_decay` for a model that is no ViT.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    peak = recipe.lr if lr is None else lr
+    if recipe.layer_decay == 1.0:
+        return _decay_groups(named, recipe, peak)
+    layers: dict[int, list[tuple[str, nn.Parameter]]] = {}
+    for name, p in named:
+        layers.setdefault(_layer(name), []).append((name, p))
+    top = max(layers) + 1  # of what follows the blocks
+    _require(top > 1, f"layer_decay {recipe.layer_decay} asked of a {type(model).__name__}, which has no blocks")
+    groups = []
+    for layer, members in sorted(layers.items(), key=lambda item: item[0] if item[0] != AFTER else top):
+        rate = peak * recipe.layer_decay ** (0 if layer == AFTER else top - layer)
+        groups += [
+            group | {"name": f"{group['name']}-{'after' if layer == AFTER else layer}"}
+            for group in _decay_groups(members, recipe, rate)
+        ]
+    return groups
+
+
+def _decay_groups(named: Sequence[tuple[str, nn.Parameter]], recipe: Recipe, peak: float) -> list[dict[str, Any]]:
     plain = [p for name, p in named if p.ndim < 2 or name.rsplit(".", 1)[-1] in NEVER_DECAYED]
     kept = {id(p) for p in plain}
-    peak = recipe.lr if lr is None else lr
     groups = [
         {"name": "decay", "params": [p for _, p in named if id(p) not in kept], "weight_decay": recipe.weight_decay},
         {"name": "no-decay", "params": plain, "weight_decay": 0.0},
     ]
     return [group | {"lr": peak} for group in groups if group["params"]]
+
+
+def _layer(name: str) -> int:
+    """The layer of a ViT's parameter: 0 of the stem, i + 1 of blocks.i, AFTER of the rest."""
+    if (found := re.search(r"(?:^|\.)blocks\.(\d+)\.", name)) is not None:
+        return int(found[1]) + 1
+    return 0 if re.search(STEM, name) else AFTER
 
 
 def image_batches(
