@@ -25,7 +25,7 @@ from learngene_hub._compare_row import Job
 from learngene_hub.data import Augment, Images, load_images
 from learngene_hub.descendant import Descendant
 from learngene_hub.errors import DataError, StoreError
-from learngene_hub.factory import extract
+from learngene_hub.factory import expand, extract
 from learngene_hub.hub import locate, pull
 from learngene_hub.learngene import Learngene
 from learngene_hub.shape import Preprocessing, ViTShape
@@ -86,6 +86,9 @@ def make(making: Making, plan: Plan, device: str) -> str:
     """Make a learngene and keep it; its digest."""
     model, preprocessing, facts = open_ancestor(plan.ancestor or "", plan.ancestor_weights)
     start = making.start
+    if start.blocks:
+        whole = extract("net2net", model, {}, facts=facts, preprocessing=preprocessing)
+        model = expand(whole, depth=start.blocks).eval()
     data = {name: load_images(source, size=plan.image_size, limit=start.limit) for name, source in start.data.items()}
     if start.kind == "distilled":
         found = _distilled(making, plan, model, data, preprocessing, facts, device)

@@ -14,7 +14,8 @@
 A start's name says what it is, unless its facts do:
 
     learngene   a name of a registry, a path, org/repo
-    method      one of METHODS, with settings, and data (name -> source), limit, of its extraction from the ancestor
+    method      one of METHODS, with settings, and data (name -> source), limit, of its extraction from the ancestor, of
+                which with ``blocks`` so many, evenly spaced, are kept first
     baseline    "random" (timm's own), "mimetic" (``_mimetic.py``); "even", "first": net2net of evenly spaced, of the
                 first blocks; "full": the ancestor at its own shape, whatever shapes are asked; "distilled": a random
                 ViT of each shape that learns what the ancestor says of ``data``, at ``flops`` / ``sizes`` each
@@ -50,6 +51,7 @@ FACTS = (
     "settings",
     "data",
     "limit",
+    "blocks",
     "recipe",
     "head",
     "flops",
@@ -69,6 +71,7 @@ class Start:
     settings: Mapping[str, Any] = field(default_factory=dict)  # of the method
     data: Mapping[str, str] = field(default_factory=dict)  # of its extraction
     limit: int | None = None  # images of each of them
+    blocks: int | None = None  # the ancestor is cut to so many, evenly spaced, before a method gets it
     recipe: Mapping[str, Any] = field(default_factory=dict)
     head: str | None = None
     flops: float = 0.0  # of "distilled": training FLOPs of all its sizes together

@@ -95,6 +95,14 @@ def linear_head(model: nn.Module) -> nn.Linear:
     return found
 
 
+def is_untouched(model: nn.Module) -> bool:
+    """Whether the model's head is a linear layer that was never trained: a drawn one has biases of exactly 0."""
+    try:
+        return not bool(linear_head(model).bias.any())
+    except SettingsError:
+        return False
+
+
 def _drawn(labels_N: Tensor, seed: int) -> Tensor:
     """The numbers of at most PER_CLASS images of each class, in order."""
     order = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))

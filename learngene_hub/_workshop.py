@@ -70,7 +70,12 @@ TestSplitOption = Annotated[str, typer.Option("--test-split", help="The split to
 EpochsOption = Annotated[int, typer.Option("--epochs", help="Passes over the training images.")]
 RateOption = Annotated[float, typer.Option("--lr", help="Peak learning rate.")]
 HeadOption = Annotated[
-    str, typer.Option("--head", help="fresh; or means, whitened: from the class means of its own features.")
+    str,
+    typer.Option(
+        "--head",
+        help="How the classifier begins: fresh; means or whitened, from the class means of the model's own features; "
+        "auto: whitened where it was never trained, else as it is.",
+    ),
 ]
 DecayOption = Annotated[
     float, typer.Option("--layer-decay", help="Factor of the rate from each block to the one before it; 1: one rate.")
@@ -97,7 +102,7 @@ def finetune(
     epochs: EpochsOption = 3,
     lr: RateOption = 3e-4,
     batch_size: BatchOption = 64,
-    head: HeadOption = "fresh",
+    head: HeadOption = "auto",
     layer_decay: DecayOption = 1.0,
     seed: SeedOption = 0,
     precision: PrecisionOption = "fp32",
@@ -125,6 +130,7 @@ def finetune(
         epochs=epochs, lr=lr, batch_size=batch_size, precision=precision, compile=compile, seed=seed,
         layer_decay=layer_decay,
     )  # fmt: skip
+    _require_head(head, constrained)
     pixels, growth = one_size(image_size, size), read_settings(None, settings or [])
     state = state_of(folder)
     if resume and is_finished(folder / "model.safetensors", state):
@@ -145,6 +151,8 @@ def finetune(
             tell_skipped(out, each)
         began = time.perf_counter()
         tuned = _tuned(learngene, grown, growth, seed) if learngene else grown.timm_model
+        if not learngene:
+            _begin_head(out, grown, images[0], head, seed=seed, device=device)
         history = _trained(
             out, tuned, images, recipe, preprocessing=grown.preprocessing, state=state, device=device, log=log
         )
@@ -154,6 +162,26 @@ def finetune(
     shutil.rmtree(state, ignore_errors=True)
     facts: dict[str, Any] = {"path": str(folder), "model": model, "data": data, "images": len(images[0])}
     _tell_tuned(out, facts | _sizes(grown, tuned) | {"epochs": history}, test_split, time.perf_counter() - began)
+
+
+def _require_head(head: str, constrained: bool) -> None:
+    """Refuse a head that there is not, or that a training of components cannot begin with (SettingsError)."""
+    from learngene_hub.factory import HEADS
+
+    if head not in ("auto", *HEADS):
+        raise errors.SettingsError(f"--head {head} asked; there are auto, {', '.join(HEADS)}")
+    if constrained and head not in ("auto", "fresh"):
+        raise errors.SettingsError(f"--head {head} asked with --constrained, which begins with a fresh head")
+
+
+def _begin_head(out: Output, grown: Descendant, images: Images, head: str, *, seed: int, device: str | None) -> None:
+    """Write the head that was asked for, and say so where one was written."""
+    from learngene_hub.factory import fit_head, is_untouched
+
+    how = ("whitened" if is_untouched(grown.timm_model) else "fresh") if head == "auto" else head
+    count = fit_head(grown.timm_model, images, how=how, preprocessing=grown.preprocessing, device=device, seed=seed)
+    if count:
+        out.note(f"The head begins with the class means of {count} images ({how}); --head fresh leaves it as it is")
 
 
 def _sizes(grown: Descendant, tuned: nn.Module) -> dict[str, int]:

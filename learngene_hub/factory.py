@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from learngene_hub._first_head import HEADS as HEADS
 from learngene_hub._first_head import fit_head as fit_head
+from learngene_hub._first_head import is_untouched as is_untouched
 from learngene_hub._growth import MAX_PARAMS as MAX_PARAMS
 from learngene_hub._growth import expand as expand
 from learngene_hub._growth import grow as grow
