@@ -101,7 +101,7 @@ def reach_section(learngene: Learngene, classifier: str) -> str:
         "## Reach",
         table(["", "from - to", "native"], ways),
         f"One file, {learngene.nbytes / 1e6:.1f} MB of tensors, stands for {count:,} shapes. Some of them, with "
-        f"{LABELS} labels at {native.image_size} px (FLOPs of one image; weights in float32):",
+        f"{LABELS} labels at {learngene.image_size} px (FLOPs of one image; weights in float32):",
         table([size, "parameters", "FLOPs", "weights"], costs),
     ]
     return "\n\n".join(parts if costs else parts[:2])

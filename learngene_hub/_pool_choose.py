@@ -84,8 +84,7 @@ def select(
     if why := _why_none(found, data):
         out.note(why)
     if path is not None:
-        size = pool.manifest.key.image_size
-        out.note(f"Next: learngene finetune {shlex.quote(str(path))} --image-size {size} --data SOURCE --out DIR")
+        out.note(f"Next: learngene finetune {shlex.quote(str(path))} --data SOURCE --out DIR")
 
 
 def _write(merged: Learngene, path: Path) -> None:

@@ -68,7 +68,7 @@ def create(
         folder, anchor, topology=topology, entry=entry, components=components, image_size=pixels, seed=seed
     )
     out.facts(facts_of(pool), key="path")
-    own = anchor.shape.image_size
+    own = anchor.image_size
     if image_size is None:
         other = f", as all commands take where none is asked; --image-size {own} takes the anchor's own"
         out.note(f"Images of {pool.manifest.key.image_size} px{'' if pixels in (None, own) else other}")
@@ -76,8 +76,11 @@ def create(
 
 
 def _usual_size(anchor: Learngene) -> int | None:
-    """The size of images that all commands take, where the anchor's patches tile it; None: the anchor's."""
+    """The size of images that all commands take, where the anchor's patches tile it; None: the anchor's own,
+    as that of a mixture, which has the size of its pool."""
     patch = getattr(anchor.shape, "patch", 0)
+    if anchor.pool_size:
+        return None
     return IMAGE_SIZE if patch and IMAGE_SIZE % patch == 0 else None
 
 

@@ -63,7 +63,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_pool_from_beginning_to_end(here: Path, run: Call) -> None:
     made = run("pool", "create", "mine", "anchor", *SMALL, "--json").json()
-    assert made["anchor"] == "net2net" and made["sha256"] == Learngene.load("anchor/learngene.safetensors").digest
+    assert made["anchor"] == "net2net" and made["sha256"] == Learngene.load("mine/learngene.safetensors").digest
     added = run("pool", "add", "mine", *QUICK, "--json").json()
     assert (added["name"], added["entries"], added["steps"], added["images_seen"]) == ("signdigits", 1, 2, 40)
     before = files_of(here / "mine")

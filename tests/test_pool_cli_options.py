@@ -64,6 +64,25 @@ def test_the_anchors_size_is_taken_where_its_patches_do_not_tile_64(here: Path, 
     assert Pool.load("other").manifest.key.image_size == 15 and "Images of 15 px\n" in made.err
 
 
+def test_a_pool_and_a_mixture_grow_at_the_size_of_the_pool(here: Path, run: Call) -> None:
+    run("pool", "create", "mine", "anchor", "--image-size", 32)
+    run("pool", "add", "mine", *QUICK)
+    run("select", "mine", "--data", "signdigits", "--limit", 20, "--unlabelled", "--out", "mixed")
+    quick = ["--limit", 8, "--epochs", 1, "--batch-size", 8]
+    for name in ("mine", "mixed"):
+        assert run("show", name, "--json").json()["descendant"]["image_size"] == 32
+        fits = run("fit-size", name, "--max-params", "1M", "--json").json()
+        assert fits["taken"]["flops"] == run("show", name, "--json", "--max-params", "1M").json()["descendant"]["flops"]
+        assert run("expand", name, f"{name}-grown", "--json").json()["image_size"] == 32
+        assert run("finetune", name, "--data", "signdigits", *quick, "--out", f"{name}-tuned").code == 0
+        assert run("finetune", f"{name}-tuned", "--data", "signdigits", *quick, "--image-size", 32, "--out", "x",
+                   "--yes").code == 0  # fmt: skip
+    asked = run("expand", "mixed", "other", "--image-size", 16, "--json").json()
+    assert asked["image_size"] == 16
+    run("pool", "create", "second", "mixed")
+    assert Pool.load("second").manifest.key.image_size == 32
+
+
 # --- Options of add ---------------------------------------------------------------------------------------------------
 
 
