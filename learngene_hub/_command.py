@@ -175,6 +175,22 @@ def tell_skipped(out: Output, images: Images) -> None:
         out.note(f"{images.name}: {images.skipped} of {len(images) + images.skipped} images unreadable, left out")
 
 
+MUCH = 0.1  # of the images: so many that an epoch leaves out are told
+
+
+def tell_left_out(out: Output, images: Images, batch_size: int) -> None:
+    """Say how many images are left of the last whole batch of an epoch, where they are many."""
+    count = len(images)
+    batches = -(-count // batch_size)
+    left, better = count % min(count, batch_size), count // batches
+    if left < MUCH * count:
+        return
+    out.note(
+        f"{images.name}: an epoch trains on {count - left} of {count} images, drawn anew each time, in whole batches "
+        f"of {batch_size}; --batch-size {better} takes {better * batches}"
+    )
+
+
 def require_new(out: Output, path: Path, *, yes: bool) -> None:
     """Makes sure that ``path`` may be written: it is new, an empty folder, or the user agrees.
 

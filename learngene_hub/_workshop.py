@@ -27,6 +27,7 @@ from learngene_hub._command import (
     YesOption,
     read_heads,
     read_settings,
+    tell_left_out,
     tell_pool,
     tell_skipped,
 )
@@ -133,6 +134,7 @@ def finetune(
         )  # fmt: skip
         for each in images:
             tell_skipped(out, each)
+        tell_left_out(out, images[0], batch_size)
         began = time.perf_counter()
         tuned = _tuned(learngene, grown, growth, seed) if learngene else grown.timm_model
         history = _trained(

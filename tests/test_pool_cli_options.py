@@ -100,6 +100,22 @@ def test_an_entry_that_is_made_takes_no_option_of_making_one(mine: Path, run: Ca
     assert f"--entry and {options[0]} asked; " in found.err and Pool.load("mine").names == ("signdigits",)
 
 
+def test_images_that_an_epoch_leaves_out_are_told(here: Path, run: Call) -> None:
+    run("pool", "create", "mine", "anchor", *SMALL)
+    odd = ["--data", "signdigits", "--limit", 40, "--epochs", 1, "--batch-size", 32]
+    said = (
+        "signdigits: an epoch trains on 32 of 40 images, drawn anew each time, in whole batches of 32; --batch-size 20 "
+        "takes 40"
+    )
+    added = run("pool", "add", "mine", *odd)
+    assert added.code == 0 and said in added.err.splitlines()
+    tuned = run("finetune", "mine", *odd, "--test-split", "", "--out", "tuned")
+    assert tuned.code == 0 and said in tuned.err.splitlines()
+    assert "an epoch trains on" not in run("pool", "add", "mine", *QUICK, "--name", "even").err
+    few = run("pool", "add", "mine", *odd[:3], 20, *odd[4:], "--name", "few")
+    assert few.code == 0 and "an epoch trains on" not in few.err
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
