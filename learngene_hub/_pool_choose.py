@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from learngene_hub.pool import Selection
 
 UnlabelledOption = Annotated[
-    bool, typer.Option("--unlabelled", help="Look at the images alone; the amounts are then half of the shares.")
+    bool,
+    typer.Option(
+        "--unlabelled", help="Look at the images alone, in any folders; the amounts are then half of the shares."
+    ),
 ]
 MostOption = Annotated[int | None, typer.Option("--k", help="At most so many entries [3; 1 of blocks or a chain].")]
 ToleranceOption = Annotated[
@@ -71,7 +74,7 @@ def select(
         require_new(out, path, yes=yes)
         require_place(path)
     pool = pull_pool(name)
-    images = images_for(pool, data, split, limit, skip_unreadable)
+    images = images_for(pool, data, split, limit, skip_unreadable, unlabelled=unlabelled)
     tell_skipped(out, images)
     found = pool.select(images, unlabelled=unlabelled, k=k, tolerance=tolerance, rule=rule, seed=seed)
     if path is not None:

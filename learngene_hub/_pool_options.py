@@ -41,7 +41,9 @@ def own_pool(folder: str) -> Pool:
     return Pool.load(folder)
 
 
-def images_for(pool: Pool, data: str, split: str, limit: int | None, skip_unreadable: bool) -> Images:
+def images_for(
+    pool: Pool, data: str, split: str, limit: int | None, skip_unreadable: bool, *, unlabelled: bool = False
+) -> Images:
     """One split at the size and channels of a pool."""
     from learngene_hub.data import load_images
 
@@ -52,6 +54,7 @@ def images_for(pool: Pool, data: str, split: str, limit: int | None, skip_unread
         in_chans=pool.anchor.shape.in_chans,
         limit=limit,
         skip_unreadable=skip_unreadable,
+        unlabelled=unlabelled,
     )
 
 

@@ -96,6 +96,19 @@ def test_select_prints_entries_weights_residual_and_seconds(here: Path, run: Cal
     assert labelled["labelled"] and labelled["scores"].keys() == {"0", "0.3", "0.5", "0.7", "1"}
 
 
+def test_select_looks_at_a_folder_of_images_without_labels(here: Path, run: Call) -> None:
+    from PIL import Image
+
+    run("pool", "create", "mine", "anchor", *SMALL)
+    run("pool", "add", "mine", *QUICK)
+    (here / "few").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (80 * i, 90, 100)).save(here / "few" / f"{i}.png")
+    said = run("select", "mine", "--data", "few", "--unlabelled", "--json").json()
+    assert said["images"] == 3 and not said["labelled"]
+    assert "holds no class folders" in run("select", "mine", "--data", "few").refused()
+
+
 def test_the_mixture_is_written_and_grown_like_any_learngene(here: Path, run: Call) -> None:
     run("pool", "create", "mine", "anchor", *SMALL)
     run("pool", "add", "mine", *QUICK)
