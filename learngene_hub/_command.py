@@ -29,12 +29,24 @@ if TYPE_CHECKING:
 
     from learngene_hub.data import Images
 
+
+class ThereError(errors.StoreError):
+    """Something is there already, and nobody said that it may go."""
+
+
+class UnfinishedError(errors.StoreError):
+    """An interrupted run is there, and nobody said what becomes of it."""
+
+
 NEXT: Mapping[type, str] = {  # error -> the command that helps, where one does; the nearest class counts
     errors.LearngeneError: "learngene {command} --help",
     errors.ShapeError: "learngene show {name}",
     errors.ArtefactError: "learngene verify",
     errors.RegistryError: "learngene list",
     errors.TrainingError: "learngene {command} with a lower learning rate",
+    errors.OtherRunError: "the same command with --yes in place of --resume starts afresh",
+    ThereError: "the same command with --yes, or with another name",
+    UnfinishedError: "the same command with --resume",
 }
 
 COUNTS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
@@ -195,13 +207,13 @@ def require_new(out: Output, path: Path, *, yes: bool) -> None:
     """Makes sure that ``path`` may be written: it is new, an empty folder, or the user agrees.
 
     Raises:
-        StoreError: it is there, and nobody can be asked.
+        ThereError: it is there, and nobody can be asked.
     """
     there = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if not there or yes:
         return
     if not out.interactive:
-        raise errors.StoreError(f"{path} is there already; --yes writes over it, another name keeps it")
+        raise ThereError(f"{path} is there already; --yes writes over it, another name keeps it")
     typer.confirm(f"{path} is there already. Write over it?", abort=True, err=True)
 
 

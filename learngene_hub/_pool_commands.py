@@ -15,7 +15,7 @@ from learngene_hub._command import SeedOption, verb
 from learngene_hub._output import Output
 from learngene_hub._pool_add import add
 from learngene_hub._pool_choose import select
-from learngene_hub._pool_options import ElsewhereError, PoolArgument, facts_of
+from learngene_hub._pool_options import AloneError, ElsewhereError, PoolArgument, facts_of
 from learngene_hub._resume import IMAGE_SIZE
 
 if TYPE_CHECKING:
@@ -212,12 +212,13 @@ def _grouped(run: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-# What helps where a command on a pool is refused, by the error.
-POOLS = {errors.NoPoolError: "learngene list tells which are pools, learngene pool create FOLDER ANCHOR makes one"}
+# What helps where a command on a pool is refused, by the error. What is no pool is a learngene, which pull_pool found.
+POOLS = {errors.NoPoolError: "learngene pool create FOLDER {name}"}
 WHOLE = {**POOLS, errors.ArtefactError: "learngene pool verify {name}"}
 MENDED = {**POOLS, errors.ArtefactError: "learngene pool pull ORG/REPO FOLDER, or a copy of your own"}
 ADDED = {
-    **POOLS,
+    errors.NoPoolError: "learngene pool create FOLDER ANCHOR",
+    AloneError: "learngene pool create FOLDER {folder}",
     errors.ArtefactError: "learngene pool verify {folder}",
     errors.NameTakenError: "learngene pool add {folder} --entry FILE --name OTHER",
     errors.ShapeError: "learngene show {folder}",

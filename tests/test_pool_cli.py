@@ -154,7 +154,10 @@ def test_each_refusal_is_one_line(here: Path, run: Call) -> None:
     run("pool", "create", "mine", "anchor", *SMALL)
     for command in (["pool", "show", "anchor"], ["pool", "list", "anchor"], ["pool", "add", "anchor", *QUICK]):
         line = run(*command).refused()
-        assert "is not a pool: it has no pool.json" in line and "learngene pool create FOLDER ANCHOR makes one" in line
+        assert "anchor is not a pool: it has no pool.json" in line
+        assert line.endswith("(next: learngene pool create FOLDER anchor)")
+    line = run("pool", "add", "nowhere", *QUICK).refused()
+    assert "no folder nowhere; " in line and line.endswith("(next: learngene pool create FOLDER ANCHOR)")
     assert "'nowhere'" in run("select", "nowhere", "--data", "signdigits").refused()
     assert "the pool is empty" in run("select", "mine", "--data", "signdigits", "--limit", 20).refused()
     assert "is there already" in run("pool", "create", "mine", "anchor", *SMALL).refused()
@@ -169,6 +172,21 @@ def test_each_refusal_is_one_line(here: Path, run: Call) -> None:
     manifest = here / "mine" / "pool.json"
     manifest.write_text(manifest.read_text().replace("signdigits", "sign-digits"))
     assert "edited by hand" in run("pool", "verify", "mine").refused()
+
+
+BUNDLED = (
+    "pool list", "pool show", "pool verify", "pool add --data signdigits", "pool pull --folder",
+    "pool push --repo", "select --data signdigits",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", BUNDLED)
+def test_a_bundled_learngene_is_no_pool_and_may_become_one(here: Path, run: Call, typed: str) -> None:
+    words = typed.replace("--folder", "mine").replace("--repo", "org/mine").split()
+    verb = words[: 2 if words[0] == "pool" else 1]
+    line = run(*verb, "lsamd-base", *words[len(verb) :]).refused()
+    assert line.startswith("Error: lsamd-base is not a pool: it has no pool.json; ")  # no path of this machine
+    assert line.endswith("(next: learngene pool create FOLDER lsamd-base)")
 
 
 def test_verify_tells_each_wrong_file_and_fails(here: Path, run: Call) -> None:

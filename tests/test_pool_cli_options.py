@@ -302,9 +302,12 @@ def test_an_interrupted_training_goes_on_and_ends_in_the_same_entry(
     state = here / "mine.signdigits.training-state"
     assert stopped.code == 130 and state.is_dir() and Pool.load("mine").names == ()
     assert "(next: the same command with --resume)" in stopped.err
-    assert "--resume goes on with it, --yes starts afresh" in run("pool", "add", "mine", *LONGER).refused()
+    begun = run("pool", "add", "mine", *LONGER).refused()
+    assert "--resume goes on with it, --yes starts afresh" in begun
+    assert begun.endswith("(next: the same command with --resume)")
     other = run("pool", "add", "mine", *LONGER, "--lr", 0.1, "--resume").refused()
-    assert "lr" in other
+    assert "lr 0.0008 there, 0.1 asked" in other
+    assert other.endswith("(next: the same command with --yes in place of --resume starts afresh)")
     done = run("pool", "add", "mine", *LONGER, "--resume", "--json").json()
     assert (done["steps"], done["entries"]) == (6, 1) and not state.exists()
     ours, theirs = told(entry_of(here / "mine")), told(entry_of(here / "straight"))
