@@ -6,15 +6,17 @@ instead), 2 wrong usage, 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
+import logging
 import os
 import re
 import shlex
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -153,6 +155,31 @@ def verb(run: Callable[..., None], hints: Mapping[type, str] = MappingProxyType(
     return command
 
 
+class Notes(logging.Handler):
+    """The lines of a log as notes."""
+
+    def __init__(self, out: Output) -> None:
+        super().__init__(logging.INFO)
+        self.out = out
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.out.note(f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")
+
+
+@contextlib.contextmanager
+def noting(out: Output, name: str) -> Iterator[None]:
+    """Inside, what a log says are notes."""
+    log, notes = logging.getLogger(name), Notes(out)
+    level = log.level
+    log.addHandler(notes)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(notes)
+        log.setLevel(level)
+
+
 def call(run: Callable[[], None], out: Output, hints: Mapping[type, str], said: Mapping[str, str]) -> None:
     """Runs a command; whatever it raises becomes one line on stderr, with the hint for it, and an exit status."""
     debug = os.environ.get("LEARNGENE_DEBUG") == "1"
@@ -160,7 +187,7 @@ def call(run: Callable[[], None], out: Output, hints: Mapping[type, str], said: 
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        with warnings.catch_warnings():
+        with noting(out, "learngene_hub.hub"), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: out.note(f"warning: {message}")
             run()
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from learngene_hub import errors
-from learngene_hub._command import SeedOption, YesOption, read_settings, require_new
+from learngene_hub._command import SeedOption, YesOption, noting, read_settings, require_new
 from learngene_hub._output import Output
 
 LOG_FILE = "flower.log"  # in `out`: what Flower itself says
@@ -165,37 +165,22 @@ def _next(folder: Path, clusters: int, image_size: int) -> str:
     return f"{said}; likewise {', '.join(others[:NAMED] + more)}" if others else said
 
 
-class _Notes(logging.Handler):
-    """The lines of a run as notes."""
-
-    def __init__(self, out: Output) -> None:
-        super().__init__(logging.INFO)
-        self.out = out
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.out.note(f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")
-
-
 @contextmanager
 def _flowers_log(out: Output, path: Path | None) -> Iterator[None]:
     """Flower's own lines go to the file ``path``, or nowhere, for they are many and coloured; the run's become notes.
 
     Both end with the context.
     """
-    flower, run = logging.getLogger("flwr"), logging.getLogger("flwr.gene_fl")
-    before = flower.handlers, flower.level, run.level
+    flower = logging.getLogger("flwr")
+    before = flower.handlers, flower.level
     kept = logging.FileHandler(path, delay=True, encoding="utf-8") if path else logging.NullHandler()
     kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    notes = _Notes(out)
     flower.handlers = [kept]
-    run.addHandler(notes)
     flower.setLevel(logging.INFO)
-    run.setLevel(logging.INFO)
     try:
-        yield
+        with noting(out, "flwr.gene_fl"):
+            yield
     finally:
-        run.removeHandler(notes)
         kept.close()
-        flower.handlers = before[0]
-        flower.setLevel(before[1])
-        run.setLevel(before[2])
+        flower.handlers, level = before
+        flower.setLevel(level)
