@@ -131,7 +131,8 @@ def _run(out: Output, settings: Any, clients: int, engine: str) -> None:
     from learngene_hub.federated.apps import simulate
     from learngene_hub.federated.traffic import totals
 
-    with _flowers_log(out, Path(settings.out) / LOG_FILE if settings.out else None):
+    _tell_image_size(out, settings)
+    with _going_on(out, settings.out), _flowers_log(out, Path(settings.out) / LOG_FILE if settings.out else None):
         outcome = simulate(settings, clients, engine=engine)
     last = outcome.history[-1] if outcome.history else {}
     facts: dict[str, Any] = {
@@ -163,6 +164,31 @@ def _next(folder: Path, clusters: int, image_size: int) -> str:
     others = [f"cluster-{number}" for number in range(1, clusters)]
     more = [f"and {len(others) - NAMED} more"] if len(others) > NAMED else []
     return f"{said}; likewise {', '.join(others[:NAMED] + more)}" if others else said
+
+
+def _tell_image_size(out: Output, settings: Any) -> None:
+    """Says of an ancestor that it is grown for images of another size than its own."""
+    from learngene_hub.federated.models import ancestor_of
+
+    ancestor = ancestor_of(settings.ancestor, settings.ancestor_weights)
+    if ancestor is not None and ancestor.image_size != settings.image_size:
+        out.note(
+            f"Images of {settings.image_size} px; the ancestor's are {ancestor.image_size} px. --set image_size=N "
+            "takes others: larger ones are nearer to the ancestor's, and take longer"
+        )
+
+
+@contextmanager
+def _going_on(out: Output, folder: str) -> Iterator[None]:
+    """Ctrl-C inside is one line that says how the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        place = shlex.quote(folder)
+        kept = f"the rounds that were finished are in {place} (next: the same command goes on after them)"
+        lost = "without --out nothing was kept (next: the same command with --out DIR can go on when interrupted)"
+        out.error(f"interrupted; {kept if folder else lost}")
+        raise typer.Exit(130) from None
 
 
 @contextmanager
