@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from learngene_hub.learngene import Learngene
     from learngene_hub.pool import Selection
 
+SAMPLED = 10  # images of the samples beside a task with labels, as ``_pool_select.SAMPLE``
+
 UnlabelledOption = Annotated[
     bool,
     typer.Option(
@@ -34,7 +36,12 @@ UnlabelledOption = Annotated[
 ]
 MostOption = Annotated[int | None, typer.Option("--k", help="At most so many entries [3; 1 of blocks or a chain].")]
 ToleranceOption = Annotated[
-    float, typer.Option("--tolerance", help="How many times farther than the pool's own data a task may be.")
+    float,
+    typer.Option(
+        "--tolerance",
+        help="How many times as far a task may be as samples of the pool's own data: of as many images, with labels "
+        f"of at most {SAMPLED}.",
+    ),
 ]
 RuleOption = Annotated[
     str, typer.Option("--rule", help="tals, or one to compare it with: logme, nearest, soup, anchor.")
@@ -102,7 +109,8 @@ def _facts(found: Selection, *, plain: bool) -> dict[str, Any]:
     told = found.to_dict()
     entries = told["entries"] if plain else {row["name"]: _row(row) for row in told["entries"]} or None
     facts: dict[str, Any] = {"abstained": found.abstained, "entries": entries}
-    facts |= {key: told[key] for key in ("rule", "residual", "threshold", "images", "labelled", "scores", "seconds")}
+    facts |= {key: told[key] for key in ("rule", "residual", "threshold")} | {"threshold_images": found.sampled}
+    facts |= {key: told[key] for key in ("images", "labelled", "scores", "seconds")}
     return facts | {"anchor_sha256": found.anchor, "pool_digest": found.pool}
 
 
@@ -114,9 +122,11 @@ def _why_none(found: Selection, data: str) -> str:
         return ""
     if found.abstained:
         times = found.residual / found.threshold
+        more = math.floor(10 * times + 1) / 10
+        fewer = "; with labels of that few, for they judge the rest" if found.sampled < found.images else ""
         return (
-            f"{data} is like none of the entries ({times:.1f} times as far as their own data): the anchor alone is "
-            f"selected; --tolerance {math.floor(10 * times + 1) / 10:g} allows more"
+            f"{data} is like none of the entries ({times:.1f} times as far as 95 % of samples of {found.sampled} "
+            f"images of their own data{fewer}): the anchor alone is selected; --tolerance {more:g} allows more"
         )
     if found.rule != "tals":
         return f"rule {found.rule} selects no entry: the anchor alone"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from test_pool_cli import here as here  # fixtures
 from test_pool_cli import run as run
 from timm.models._hub import save_for_hf
 
-from learngene_hub import _pool_add, _pool_choose, _pool_file, _pool_options, errors, hub, pool, training
+from learngene_hub import _pool_add, _pool_choose, _pool_file, _pool_options, _pool_select, errors, hub, pool, training
 from learngene_hub import data as data_sets
 from learngene_hub.learngene import Learngene
 from learngene_hub.pool import Pool, Selection
@@ -51,8 +52,6 @@ def test_images_have_64_pixels_where_the_patches_tile_them(here: Path, run: Call
 
 
 def test_the_anchors_size_is_taken_where_its_patches_do_not_tile_64(here: Path, run: Call) -> None:
-    from dataclasses import replace
-
     from conftest import build_pico
     from planted import FACTS
 
@@ -375,4 +374,11 @@ def test_a_task_that_is_refused_is_told_what_would_take_it() -> None:
         anchor="a", pool="p", entries=(), abstained=True, residual=0.5, threshold=0.2, images=10, labelled=True
     )
     told = _pool_choose._why_none(found, "photos/")
-    assert "2.5 times as far" in told and "--tolerance 2.6 allows more" in told
+    assert "2.5 times as far as 95 % of samples of 10 images of their own data)" in told
+    assert "--tolerance 2.6 allows more" in told
+    many = _pool_choose._why_none(replace(found, images=50), "photos/")
+    assert "samples of 10 images of their own data; with labels of that few, for they judge the rest)" in many
+    plain = _pool_choose._why_none(replace(found, images=50, labelled=False), "photos/")
+    assert "samples of 50 images of their own data)" in plain
+    assert _pool_choose._facts(replace(found, images=50), plain=True)["threshold_images"] == 10
+    assert _pool_choose.SAMPLED == _pool_select.SAMPLE
