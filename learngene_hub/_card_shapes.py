@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from learngene_hub._card_facts import table
+from learngene_hub._card_federation import federation_of
 from learngene_hub.errors import LearngeneError
 from learngene_hub.shape import ViTShape
 
@@ -13,9 +14,15 @@ if TYPE_CHECKING:
     from learngene_hub.learngene import Learngene
     from learngene_hub.shape import Shape
 
-LABELS = 10  # of the examples
+LABELS = 10  # of the examples, where the classes of the data do not say it
 COMMON_SHAPES = ((4, 128), (6, 192), (12, 192), (6, 256), (7, 320), (12, 384), (12, 768))
 BUDGETS = (0.25, 0.4, 0.55, 0.7, 0.85)  # of a pool's largest descendant, parameters
+
+
+def labels(learngene: Learngene) -> int:
+    """Labels of the examples: of a federated run those of its data."""
+    known = learngene.shape.classes if federation_of(learngene.provenance) else 0
+    return known or LABELS
 
 
 def family(learngene: Learngene) -> tuple[str, str]:
@@ -42,7 +49,7 @@ def _plan(learngene: Learngene, **asked: Any) -> Shape | None:
     from learngene_hub.factory import plan
 
     try:
-        return plan(learngene, **asked, num_labels=LABELS, in_chans=learngene.shape.in_chans)
+        return plan(learngene, **asked, num_labels=labels(learngene), in_chans=learngene.shape.in_chans)
     except LearngeneError:
         return None
 
@@ -101,7 +108,7 @@ def reach_section(learngene: Learngene, classifier: str) -> str:
         "## Reach",
         table(["", "from - to", "native"], ways),
         f"One file, {learngene.nbytes / 1e6:.1f} MB of tensors, stands for {count:,} shapes. Some of them, with "
-        f"{LABELS} labels at {native.image_size} px (FLOPs of one image; weights in float32):",
+        f"{labels(learngene)} labels at {learngene.image_size} px (FLOPs of one image; weights in float32):",
         table([size, "parameters", "FLOPs", "weights"], costs),
     ]
     return "\n\n".join(parts if costs else parts[:2])

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
@@ -17,11 +18,13 @@ WAITS = (1.0, 2.0, 4.0)  # seconds before each further attempt
 CHANGED = "has changed meanwhile: nothing was overwritten; look at what is there, then push again"
 BUSY = (408, 429, 500, 502, 503, 504)  # answers after which a further attempt may succeed
 MOST_WAIT = 60.0  # seconds that a server may ask for
+SLOW = 2.0  # seconds without an answer after which it is said that one is waited for
 LOGIN = "`hf auth login`"
 _PART = r"[A-Za-z0-9_][\w.-]{0,95}"
 _REPOSITORY = re.compile(rf"(?:hf://)?(?P<repo>{_PART}/{_PART})(?:@(?P<revision>[\w./-]{{1,255}}))?", re.ASCII)
 
 T = TypeVar("T")
+_LOG = logging.getLogger("learngene_hub.hub")
 
 
 class Repository(NamedTuple):
@@ -55,16 +58,43 @@ def parse_repository(uri: str, revision: str | None = None) -> Repository:
     return Repository(match["repo"], revision or written)
 
 
+class _Retry(logging.Handler):
+    """The first line that the client logs of an attempt that failed becomes one of ours."""
+
+    def __init__(self, server: str) -> None:
+        super().__init__(logging.WARNING)
+        self.server, self.told = server, False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self.told and "thrown while requesting" in record.getMessage():
+            self.told = True
+            _LOG.info("%s is busy, or cannot be reached: it is asked again, for about half a minute", self.server)
+
+
 @contextlib.contextmanager
-def quiet_client() -> Iterator[None]:
-    """Without the client's log of each retry: what went wrong comes once, in the StoreError."""
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.ERROR)
+def quiet_client(server: str | None = None) -> Iterator[None]:
+    """Without the client's log of each retry: what went wrong comes once, in the StoreError.
+
+    That the server (the client's own where None) is slow, or is asked again, is logged once, as information.
+    """
+    from huggingface_hub import constants
+
+    server = server or constants.ENDPOINT
+    log, retry = logging.getLogger("huggingface_hub"), _Retry(server)
+    before = [(handler, handler.level) for handler in log.handlers]
+    slow = threading.Timer(SLOW, _LOG.info, ("waiting for %s", server))
+    slow.daemon = True
+    for handler, level in before:
+        handler.setLevel(max(level, logging.ERROR))
+    log.addHandler(retry)
+    slow.start()
     try:
         yield
     finally:
-        log.setLevel(level)
+        slow.cancel()
+        log.removeHandler(retry)
+        for handler, level in before:
+            handler.setLevel(level)
 
 
 def patiently(call: Callable[[], T]) -> T:

@@ -6,15 +6,17 @@ instead), 2 wrong usage, 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
+import logging
 import os
 import re
 import shlex
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,12 +31,24 @@ if TYPE_CHECKING:
 
     from learngene_hub.data import Images
 
+
+class ThereError(errors.StoreError):
+    """Something is there already, and nobody said that it may go."""
+
+
+class UnfinishedError(errors.StoreError):
+    """An interrupted run is there, and nobody said what becomes of it."""
+
+
 NEXT: Mapping[type, str] = {  # error -> the command that helps, where one does; the nearest class counts
     errors.LearngeneError: "learngene {command} --help",
     errors.ShapeError: "learngene show {name}",
     errors.ArtefactError: "learngene verify",
     errors.RegistryError: "learngene list",
     errors.TrainingError: "learngene {command} with a lower learning rate",
+    errors.OtherRunError: "the same command with --yes in place of --resume starts afresh",
+    ThereError: "the same command with --yes, or with another name",
+    UnfinishedError: "the same command with --resume",
 }
 
 COUNTS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
@@ -141,6 +155,31 @@ def verb(run: Callable[..., None], hints: Mapping[type, str] = MappingProxyType(
     return command
 
 
+class Notes(logging.Handler):
+    """The lines of a log as notes."""
+
+    def __init__(self, out: Output) -> None:
+        super().__init__(logging.INFO)
+        self.out = out
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.out.note(f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")
+
+
+@contextlib.contextmanager
+def noting(out: Output, name: str) -> Iterator[None]:
+    """Inside, what a log says are notes."""
+    log, notes = logging.getLogger(name), Notes(out)
+    level = log.level
+    log.addHandler(notes)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(notes)
+        log.setLevel(level)
+
+
 def call(run: Callable[[], None], out: Output, hints: Mapping[type, str], said: Mapping[str, str]) -> None:
     """Runs a command; whatever it raises becomes one line on stderr, with the hint for it, and an exit status."""
     debug = os.environ.get("LEARNGENE_DEBUG") == "1"
@@ -148,7 +187,7 @@ def call(run: Callable[[], None], out: Output, hints: Mapping[type, str], said: 
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        with warnings.catch_warnings():
+        with noting(out, "learngene_hub.hub"), warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: out.note(f"warning: {message}")
             run()
     except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
@@ -175,17 +214,33 @@ def tell_skipped(out: Output, images: Images) -> None:
         out.note(f"{images.name}: {images.skipped} of {len(images) + images.skipped} images unreadable, left out")
 
 
+MUCH = 0.1  # of the images: so many that an epoch leaves out are told
+
+
+def tell_left_out(out: Output, images: Images, batch_size: int) -> None:
+    """Say how many images are left of the last whole batch of an epoch, where they are many."""
+    count = len(images)
+    batches = -(-count // batch_size)
+    left, better = count % min(count, batch_size), count // batches
+    if left < MUCH * count:
+        return
+    out.note(
+        f"{images.name}: an epoch trains on {count - left} of {count} images, drawn anew each time, in whole batches "
+        f"of {batch_size}; --batch-size {better} takes {better * batches}"
+    )
+
+
 def require_new(out: Output, path: Path, *, yes: bool) -> None:
     """Makes sure that ``path`` may be written: it is new, an empty folder, or the user agrees.
 
     Raises:
-        StoreError: it is there, and nobody can be asked.
+        ThereError: it is there, and nobody can be asked.
     """
     there = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if not there or yes:
         return
     if not out.interactive:
-        raise errors.StoreError(f"{path} is there already; --yes writes over it, another name keeps it")
+        raise ThereError(f"{path} is there already; --yes writes over it, another name keeps it")
     typer.confirm(f"{path} is there already. Write over it?", abort=True, err=True)
 
 

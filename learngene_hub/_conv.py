@@ -185,12 +185,13 @@ class ConvShape:
         """Bytes of the parameters in ``dtype``, or at that many bytes per number (4: float32)."""
         return self.params() * (dtype if isinstance(dtype, int) else dtype.itemsize)
 
-    def require_budget(self, max_params: int) -> None:
+    def require_budget(self, max_params: int, least: int = 1) -> None:
         """Nothing, where the model has at most ``max_params`` parameters.
 
         Raises:
-            BudgetError: it has more.
+            BudgetError: it has more; no depth is named.
         """
+        del least
         empty = replace(self, head_hidden=0, head_kernel=0).params()
         hint = f"without hidden layers in its head it has {empty:,}; " if self.head_hidden else ""
         _building.require_budget(self, max_params, lambda: f"{hint}fewer or narrower stages would fit")

@@ -35,37 +35,48 @@ class Rows:
     classes: tuple[str, ...] | None  # None: no names there; they are numbered
 
 
-def read_source(source: str | Path, split: str, image_column: str | None, label_column: str | None) -> Rows:
-    """Rows of a parquet file, a folder, or a Hub id, whichever `source` is."""
+def read_source(
+    source: str | Path,
+    split: str,
+    image_column: str | None,
+    label_column: str | None,
+    *,
+    unlabelled: bool = False,
+) -> Rows:
+    """Rows of a parquet file, a folder, or a Hub id, whichever `source` is; unlabelled ones all have the label 0."""
     path = Path(source)
     if path.is_file():
         if path.suffix != ".parquet":
             raise DataError(f"{path} is a file but not .parquet; give a parquet file, a folder, or a Hub data set id")
-        return parquet_rows([path], image_column, label_column)
+        return parquet_rows([path], image_column, label_column, unlabelled=unlabelled)
     if path.is_dir():
-        return folder_rows(path, split, image_column, label_column)
+        return folder_rows(path, split, image_column, label_column, unlabelled=unlabelled)
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(source)) and path.suffix != ".parquet":
-        return hub_rows(str(source), split, image_column, label_column)
+        return hub_rows(str(source), split, image_column, label_column, unlabelled=unlabelled)
     raise DataError(f"no file or folder {str(source)!r}; give a parquet file, a folder, a sample or a Hub data set id")
 
 
-def folder_rows(folder: Path, split: str, image_column: str | None, label_column: str | None) -> Rows:
-    """Rows of one split of a folder: its parquet files, or else class folders, under the split's name or directly."""
+def folder_rows(
+    folder: Path, split: str, image_column: str | None, label_column: str | None, *, unlabelled: bool = False
+) -> Rows:
+    """Rows of one split of a folder: its parquet files, or else class folders, under the split's name or directly; of
+    unlabelled ones images in any folders, or in none."""
+    inside = image_rows if unlabelled else class_folder_rows
     patterns = (f"{split}.parquet", f"{split}-*.parquet", f"{split}/*.parquet")
     for place in (folder, folder / "data"):
         files = sorted(file for pattern in patterns for file in place.glob(pattern))
         if files:
-            return parquet_rows(files, image_column, label_column)
-    if _holds_folders(folder / split):
-        return class_folder_rows(folder / split)
-    found = splits_there(folder)
+            return parquet_rows(files, image_column, label_column, unlabelled=unlabelled)
+    if _holds_folders(folder / split) or (unlabelled and split in _flat_splits(folder)):
+        return inside(folder / split)
+    found = sorted({*splits_there(folder), *(_flat_splits(folder) if unlabelled else ())})
     if found:
         raise DataError(f"{folder} has no split {split!r}; there: {', '.join(found)}")
     if split != "train":
         raise DataError(
             f"{folder} is not divided into splits, so it has no {split!r}; load 'train' and use Images.split"
         )
-    return class_folder_rows(folder)
+    return inside(folder)
 
 
 def splits_there(folder: Path) -> list[str]:
@@ -79,6 +90,21 @@ def splits_there(folder: Path) -> list[str]:
 def _holds_folders(place: Path) -> bool:
     """True of a split of class folders, False of a class that is called "train"."""
     return place.is_dir() and any(inside.is_dir() for inside in place.iterdir())
+
+
+def _flat_splits(folder: Path) -> list[str]:
+    """The folders of a folder, where each is called as a split is; none, where one may be a class."""
+    names = [place.name for place in folder.iterdir() if place.is_dir() and not place.name.startswith(".")]
+    return names if SPLITS.issuperset(names) else []
+
+
+def image_rows(folder: Path) -> Rows:
+    """Rows of all images in a folder and in the folders inside it, all of the label 0."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+    if not files:
+        raise DataError(f"{folder} holds no images and no parquet; expected {folder.name}/IMAGE")
+    return Rows(lambda i: files[i].read_bytes(), lambda i: str(files[i]), [0] * len(files), None)
 
 
 def class_folder_rows(folder: Path) -> Rows:
@@ -95,7 +121,9 @@ def class_folder_rows(folder: Path) -> Rows:
     return Rows(lambda i: files[i].read_bytes(), lambda i: str(files[i]), labels, tuple(kind.name for kind in kinds))
 
 
-def parquet_rows(files: Sequence[Path], image_column: str | None, label_column: str | None) -> Rows:
+def parquet_rows(
+    files: Sequence[Path], image_column: str | None, label_column: str | None, *, unlabelled: bool = False
+) -> Rows:
     """Rows of one or several parquet files of one schema."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -107,13 +135,13 @@ def parquet_rows(files: Sequence[Path], image_column: str | None, label_column: 
             with pq.ParquetFile(file) as opened:
                 schema = opened.schema_arrow
                 features = features or _features(schema.metadata)
-                image, label = choose_columns(schema.names, features, image, label, str(file))
-                tables.append(opened.read(columns=[image, label]))
+                image, label = choose_columns(schema.names, features, image, label, str(file), unlabelled=unlabelled)
+                tables.append(opened.read(columns=[image, *([label] if label else [])]))
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file} cannot be read as parquet: {_line(error)}") from error
     encoded = [chunk for table in tables for chunk in table.column(image).chunks]
     starts = np.cumsum([0] + [len(chunk) for chunk in encoded])
-    labels = [value for table in tables for value in table.column(label).to_pylist()]
+    labels = [v for table in tables for v in (table.column(label).to_pylist() if label else [0] * len(table))]
 
     def read(i: int) -> bytes:
         chunk = int(np.searchsorted(starts, i, side="right")) - 1
@@ -124,7 +152,9 @@ def parquet_rows(files: Sequence[Path], image_column: str | None, label_column: 
     return Rows(read, lambda i: f"row {i} of {source}", labels, tuple(names) if names else None)
 
 
-def hub_rows(source: str, split: str, image_column: str | None, label_column: str | None) -> Rows:
+def hub_rows(
+    source: str, split: str, image_column: str | None, label_column: str | None, *, unlabelled: bool = False
+) -> Rows:
     """Rows of a Hub data set (or anything else that `datasets.load_dataset` takes), through the `datasets` library."""
     try:
         import datasets
@@ -137,9 +167,11 @@ def hub_rows(source: str, split: str, image_column: str | None, label_column: st
     except Exception as error:  # the client raises dozens of classes, all of which mean: not there or not readable
         raise DataError(f"data set {source!r}, split {split!r}, cannot be had from the Hub: {_line(error)}") from error
     features = {name: _feature(feature) for name, feature in table.features.items()}
-    image, label = choose_columns(list(table.column_names), features, image_column, label_column, source)
+    image, label = choose_columns(
+        list(table.column_names), features, image_column, label_column, source, unlabelled=unlabelled
+    )
     plain = table.cast_column(image, datasets.Image(decode=False))
-    names = features[label].get("names")
+    names = features.get(label or "", {}).get("names")
 
     def read(i: int) -> bytes:
         cell = plain[i][image]  # bytes, or the path of a file that the library has downloaded
@@ -148,15 +180,24 @@ def hub_rows(source: str, split: str, image_column: str | None, label_column: st
     return Rows(
         read,
         lambda i: f"row {i} of {source}",
-        list(plain[label]),
+        list(plain[label]) if label else [0] * len(plain),
         tuple(names) if names else None,
     )
 
 
 def choose_columns(
-    columns: Sequence[str], features: dict[str, Any], image: str | None, label: str | None, source: str
-) -> tuple[str, str]:
-    """The image and the label column: as asked, as the features say, or by name. DataError lists the columns."""
+    columns: Sequence[str],
+    features: dict[str, Any],
+    image: str | None,
+    label: str | None,
+    source: str,
+    *,
+    unlabelled: bool = False,
+) -> tuple[str, str | None]:
+    """The image and the label column: as asked, as the features say, or by name. DataError lists the columns.
+
+    Unlabelled images need no label column, and none is looked for.
+    """
     there = f"{source} has the columns {', '.join(columns)}"
     for asked in (image, label):
         if asked is not None and asked not in columns:
@@ -164,6 +205,8 @@ def choose_columns(
     image = image or _only(columns, features, "Image") or next((c for c in ("image", "img") if c in columns), None)
     if image is None:
         raise DataError(f"no image column found; {there}; name it with image_column")
+    if unlabelled:
+        return image, None
     label = label or _only(columns, features, "ClassLabel") or next((c for c in LABEL_NAMES if c in columns), None)
     if label is None:
         raise DataError(f"no label column found; {there}; name it with label_column")

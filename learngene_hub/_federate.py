@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from learngene_hub import errors
-from learngene_hub._command import SeedOption, YesOption, read_settings, require_new
+from learngene_hub._command import SeedOption, YesOption, noting, read_settings, require_new
 from learngene_hub._output import Output
 
 LOG_FILE = "flower.log"  # in `out`: what Flower itself says
@@ -131,7 +131,8 @@ def _run(out: Output, settings: Any, clients: int, engine: str) -> None:
     from learngene_hub.federated.apps import simulate
     from learngene_hub.federated.traffic import totals
 
-    with _flowers_log(out, Path(settings.out) / LOG_FILE if settings.out else None):
+    _tell_image_size(out, settings)
+    with _going_on(out, settings.out), _flowers_log(out, Path(settings.out) / LOG_FILE if settings.out else None):
         outcome = simulate(settings, clients, engine=engine)
     last = outcome.history[-1] if outcome.history else {}
     facts: dict[str, Any] = {
@@ -165,15 +166,29 @@ def _next(folder: Path, clusters: int, image_size: int) -> str:
     return f"{said}; likewise {', '.join(others[:NAMED] + more)}" if others else said
 
 
-class _Notes(logging.Handler):
-    """The lines of a run as notes."""
+def _tell_image_size(out: Output, settings: Any) -> None:
+    """Says of an ancestor that it is grown for images of another size than its own."""
+    from learngene_hub.federated.models import ancestor_of
 
-    def __init__(self, out: Output) -> None:
-        super().__init__(logging.INFO)
-        self.out = out
+    ancestor = ancestor_of(settings.ancestor, settings.ancestor_weights)
+    if ancestor is not None and ancestor.image_size != settings.image_size:
+        out.note(
+            f"Images of {settings.image_size} px; the ancestor's are {ancestor.image_size} px. --set image_size=N "
+            "takes others: larger ones are nearer to the ancestor's, and take longer"
+        )
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self.out.note(f"{'warning: ' if record.levelno >= logging.WARNING else ''}{record.getMessage()}")
+
+@contextmanager
+def _going_on(out: Output, folder: str) -> Iterator[None]:
+    """Ctrl-C inside is one line that says how the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        place = shlex.quote(folder)
+        kept = f"the rounds that were finished are in {place} (next: the same command goes on after them)"
+        lost = "without --out nothing was kept (next: the same command with --out DIR can go on when interrupted)"
+        out.error(f"interrupted; {kept if folder else lost}")
+        raise typer.Exit(130) from None
 
 
 @contextmanager
@@ -182,20 +197,16 @@ def _flowers_log(out: Output, path: Path | None) -> Iterator[None]:
 
     Both end with the context.
     """
-    flower, run = logging.getLogger("flwr"), logging.getLogger("flwr.gene_fl")
-    before = flower.handlers, flower.level, run.level
+    flower = logging.getLogger("flwr")
+    before = flower.handlers, flower.level
     kept = logging.FileHandler(path, delay=True, encoding="utf-8") if path else logging.NullHandler()
     kept.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    notes = _Notes(out)
     flower.handlers = [kept]
-    run.addHandler(notes)
     flower.setLevel(logging.INFO)
-    run.setLevel(logging.INFO)
     try:
-        yield
+        with noting(out, "flwr.gene_fl"):
+            yield
     finally:
-        run.removeHandler(notes)
         kept.close()
-        flower.handlers = before[0]
-        flower.setLevel(before[1])
-        run.setLevel(before[2])
+        flower.handlers, level = before
+        flower.setLevel(level)

@@ -112,17 +112,18 @@ class HeadsShape:
         """Bytes of the parameters in ``dtype``, or at that many bytes per number (4: float32)."""
         return self.params() * (dtype if isinstance(dtype, int) else dtype.itemsize)
 
-    def require_budget(self, max_params: int) -> None:
+    def require_budget(self, max_params: int, least: int = 1) -> None:
         """Nothing, where the model has at most ``max_params`` parameters.
 
         Raises:
-            BudgetError: it has more.
+            BudgetError: it has more; the message names a depth that fits, from ``least`` on.
         """
 
         def what_fits() -> str:
-            fit = [n for n in range(1, self.depth) if self._params(self.heads[:n]) <= max_params]
-            least = f"even its first block alone has {self._params(self.heads[:1]):,}"
-            return f"its first {fit[-1]} blocks would fit" if fit else least
+            fit = [n for n in range(least, self.depth) if self._params(self.heads[:n]) <= max_params]
+            first = "block alone has" if least == 1 else f"{least} blocks alone have"
+            beyond = f"even its first {first} {self._params(self.heads[:least]):,}"
+            return f"its first {fit[-1]} blocks would fit" if fit else beyond
 
         _building.require_budget(self, max_params, what_fits)
 

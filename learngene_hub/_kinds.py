@@ -77,8 +77,8 @@ class Shape(Protocol):
         """Bytes of the parameters in ``dtype``, or at that many bytes per number."""
         ...
 
-    def require_budget(self, max_params: int) -> None:
-        """Nothing, where it has at most ``max_params`` parameters; else BudgetError."""
+    def require_budget(self, max_params: int, least: int = 1) -> None:
+        """Nothing, where it has at most ``max_params`` parameters; else BudgetError, with no depth below ``least``."""
         ...
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""Help as plain text. Private to ``cli.py``.
+"""Help as plain text, and one suggestion for a word that is no command. Private to ``cli.py``.
 
 Below 0.21, which Flower asks for, typer writes "\\[default: 1]" where rich is installed, though rich does not print it.
+What a mistyped command may have meant is said by typer, and by newer versions of click once more.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ class _Group(TyperGroup):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
         _unescape(formatter)
+
+    def resolve_command(self, ctx: Any, args: Any) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except Exception as error:  # click's, whose own list typer has put into the message already
+            if "Did you mean" in getattr(error, "message", "") and getattr(error, "possibilities", None):
+                error.possibilities = None  # type: ignore[attr-defined]
+            raise
 
 
 def _unescape(formatter: Any) -> None:

@@ -54,7 +54,7 @@ def with_settings(learngene: Learngene, settings: Mapping[str, Any] | None) -> L
 
 
 def plan_of(learngene: Learngene, sizes: Sizes) -> Shape:
-    """The shape of these sizes, of which a depth or a width left out is the native one; of no budget.
+    """The shape of these sizes, of which those left out are the native ones, of the images the pool's; of no budget.
 
     Raises:
         ShapeError: there is no such network, or it is outside the learngene's reach.
@@ -64,15 +64,16 @@ def plan_of(learngene: Learngene, sizes: Sizes) -> Shape:
         raise ShapeError(f"num_labels {labels!r} asked; a classifier has a whole number of at least 1")
     asked = None if sizes.heads is None else _heads(sizes.heads)
     _require_sizes(learngene, {name: getattr(sizes, name) for name in ("depth", "width", "image_size", "in_chans")})
+    size = learngene.pool_size if sizes.image_size is None else sizes.image_size
     method = get_method(learngene.method, learngene.settings)
     if is_planning(method):
         return method.plan(
             learngene, depth=sizes.depth, width=sizes.width, heads=asked, num_labels=labels,
-            image_size=sizes.image_size, in_chans=sizes.in_chans,
+            image_size=size, in_chans=sizes.in_chans,
         )  # fmt: skip
     return plan_plain(
         learngene, depth=sizes.depth, width=sizes.width, heads=asked, num_labels=labels,
-        image_size=sizes.image_size, in_chans=sizes.in_chans,
+        image_size=size, in_chans=sizes.in_chans,
     )  # fmt: skip
 
 

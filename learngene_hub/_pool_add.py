@@ -22,6 +22,7 @@ from learngene_hub._command import (
     SeedOption,
     SkipOption,
     require_dtype,
+    tell_left_out,
     tell_skipped,
 )
 from learngene_hub._output import Output
@@ -145,6 +146,8 @@ class _Making:
         with interruptible(out, state):
             images = images_for(pool, self.data, self.split, self.limit, self.skip_unreadable)
             tell_skipped(out, images)
+            if self.recipe is not None:
+                tell_left_out(out, images, self.recipe.batch_size)
             model = _ancestor(self.ancestor, self.weights)
             try:
                 pool = pool.add(

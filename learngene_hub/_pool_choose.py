@@ -26,12 +26,22 @@ if TYPE_CHECKING:
     from learngene_hub.learngene import Learngene
     from learngene_hub.pool import Selection
 
+SAMPLED = 10  # images of the samples beside a task with labels, as ``_pool_select.SAMPLE``
+
 UnlabelledOption = Annotated[
-    bool, typer.Option("--unlabelled", help="Look at the images alone; the amounts are then half of the shares.")
+    bool,
+    typer.Option(
+        "--unlabelled", help="Look at the images alone, in any folders; the amounts are then half of the shares."
+    ),
 ]
 MostOption = Annotated[int | None, typer.Option("--k", help="At most so many entries [3; 1 of blocks or a chain].")]
 ToleranceOption = Annotated[
-    float, typer.Option("--tolerance", help="How many times farther than the pool's own data a task may be.")
+    float,
+    typer.Option(
+        "--tolerance",
+        help="How many times as far a task may be as samples of the pool's own data: of as many images, with labels "
+        f"of at most {SAMPLED}.",
+    ),
 ]
 RuleOption = Annotated[
     str, typer.Option("--rule", help="tals, or one to compare it with: logme, nearest, soup, anchor.")
@@ -71,7 +81,7 @@ def select(
         require_new(out, path, yes=yes)
         require_place(path)
     pool = pull_pool(name)
-    images = images_for(pool, data, split, limit, skip_unreadable)
+    images = images_for(pool, data, split, limit, skip_unreadable, unlabelled=unlabelled)
     tell_skipped(out, images)
     found = pool.select(images, unlabelled=unlabelled, k=k, tolerance=tolerance, rule=rule, seed=seed)
     if path is not None:
@@ -84,8 +94,7 @@ def select(
     if why := _why_none(found, data):
         out.note(why)
     if path is not None:
-        size = pool.manifest.key.image_size
-        out.note(f"Next: learngene finetune {shlex.quote(str(path))} --image-size {size} --data SOURCE --out DIR")
+        out.note(f"Next: learngene finetune {shlex.quote(str(path))} --data SOURCE --out DIR")
 
 
 def _write(merged: Learngene, path: Path) -> None:
@@ -100,7 +109,8 @@ def _facts(found: Selection, *, plain: bool) -> dict[str, Any]:
     told = found.to_dict()
     entries = told["entries"] if plain else {row["name"]: _row(row) for row in told["entries"]} or None
     facts: dict[str, Any] = {"abstained": found.abstained, "entries": entries}
-    facts |= {key: told[key] for key in ("rule", "residual", "threshold", "images", "labelled", "scores", "seconds")}
+    facts |= {key: told[key] for key in ("rule", "residual", "threshold")} | {"threshold_images": found.sampled}
+    facts |= {key: told[key] for key in ("images", "labelled", "scores", "seconds")}
     return facts | {"anchor_sha256": found.anchor, "pool_digest": found.pool}
 
 
@@ -112,9 +122,11 @@ def _why_none(found: Selection, data: str) -> str:
         return ""
     if found.abstained:
         times = found.residual / found.threshold
+        more = math.floor(10 * times + 1) / 10
+        fewer = "; with labels of that few, for they judge the rest" if found.sampled < found.images else ""
         return (
-            f"{data} is like none of the entries ({times:.1f} times as far as their own data): the anchor alone is "
-            f"selected; --tolerance {math.floor(10 * times + 1) / 10:g} allows more"
+            f"{data} is like none of the entries ({times:.1f} times as far as 95 % of samples of {found.sampled} "
+            f"images of their own data{fewer}): the anchor alone is selected; --tolerance {more:g} allows more"
         )
     if found.rule != "tals":
         return f"rule {found.rule} selects no entry: the anchor alone"

@@ -15,7 +15,7 @@ from learngene_hub._command import SeedOption, verb
 from learngene_hub._output import Output
 from learngene_hub._pool_add import add
 from learngene_hub._pool_choose import select
-from learngene_hub._pool_options import ElsewhereError, PoolArgument, facts_of
+from learngene_hub._pool_options import AloneError, ElsewhereError, PoolArgument, facts_of
 from learngene_hub._resume import IMAGE_SIZE
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def create(
         folder, anchor, topology=topology, entry=entry, components=components, image_size=pixels, seed=seed
     )
     out.facts(facts_of(pool), key="path")
-    own = anchor.shape.image_size
+    own = anchor.image_size
     if image_size is None:
         other = f", as all commands take where none is asked; --image-size {own} takes the anchor's own"
         out.note(f"Images of {pool.manifest.key.image_size} px{'' if pixels in (None, own) else other}")
@@ -76,8 +76,11 @@ def create(
 
 
 def _usual_size(anchor: Learngene) -> int | None:
-    """The size of images that all commands take, where the anchor's patches tile it; None: the anchor's."""
+    """The size of images that all commands take, where the anchor's patches tile it; None: the anchor's own,
+    as that of a mixture, which has the size of its pool."""
     patch = getattr(anchor.shape, "patch", 0)
+    if anchor.pool_size:
+        return None
     return IMAGE_SIZE if patch and IMAGE_SIZE % patch == 0 else None
 
 
@@ -209,12 +212,13 @@ def _grouped(run: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-# What helps where a command on a pool is refused, by the error.
-POOLS = {errors.NoPoolError: "learngene list tells which are pools, learngene pool create FOLDER ANCHOR makes one"}
+# What helps where a command on a pool is refused, by the error. What is no pool is a learngene, which pull_pool found.
+POOLS = {errors.NoPoolError: "learngene pool create FOLDER {name}"}
 WHOLE = {**POOLS, errors.ArtefactError: "learngene pool verify {name}"}
 MENDED = {**POOLS, errors.ArtefactError: "learngene pool pull ORG/REPO FOLDER, or a copy of your own"}
 ADDED = {
-    **POOLS,
+    errors.NoPoolError: "learngene pool create FOLDER ANCHOR",
+    AloneError: "learngene pool create FOLDER {folder}",
     errors.ArtefactError: "learngene pool verify {folder}",
     errors.NameTakenError: "learngene pool add {folder} --entry FILE --name OTHER",
     errors.ShapeError: "learngene show {folder}",

@@ -187,6 +187,8 @@ def read_manifest(folder: Path) -> Manifest:
         StoreError: it cannot be read.
     """
     path = folder / MANIFEST
+    if not folder.exists():
+        raise NoPoolError(f"no folder {shown(folder)}; `learngene pool create` makes a pool")
     if not path.exists():
         raise NoPoolError(f"{shown(folder)} is not a pool: it has no {MANIFEST}; `learngene pool create` makes one")
     with naming(path), opened(path) as (file, size):

@@ -23,17 +23,26 @@ class ElsewhereError(errors.StoreError):
     """A pool that is asked for is not in a folder of one's own."""
 
 
+class AloneError(errors.NoPoolError):
+    """A learngene is asked for in place of a pool, which could be made around it."""
+
+
 def own_pool(folder: str) -> Pool:
     """The pool in a folder on this machine.
 
     Raises:
         ElsewhereError: there is no such folder, and the name is one of a repository or of the registry.
+        AloneError: it is a learngene, and no pool.
         StoreError, ArtefactError: as ``Pool.load``.
     """
-    from learngene_hub.hub import is_repository, known
+    from learngene_hub.hub import FILE_NAME, POOL_FILE, is_repository, known, pool_at, seen
     from learngene_hub.pool import Pool
 
-    if not Path(folder).exists() and (is_repository(folder) or folder in known().entries):
+    entry = None if Path(folder).exists() else known().entries.get(folder)
+    path = Path(folder) / FILE_NAME if entry is None else None if entry.is_remote else seen(folder)
+    if path is not None and path.exists() and not pool_at(path):
+        raise AloneError(f"{folder} is not a pool: it has no {POOL_FILE}; a pool around it can be added to")
+    if entry is not None or (is_repository(folder) and not Path(folder).exists()):
         raise ElsewhereError(
             f"no folder {folder!r}; entries are added in a folder of your own, which `learngene pool pull` makes of a "
             "pool on the Hub or in the registry"
@@ -41,7 +50,9 @@ def own_pool(folder: str) -> Pool:
     return Pool.load(folder)
 
 
-def images_for(pool: Pool, data: str, split: str, limit: int | None, skip_unreadable: bool) -> Images:
+def images_for(
+    pool: Pool, data: str, split: str, limit: int | None, skip_unreadable: bool, *, unlabelled: bool = False
+) -> Images:
     """One split at the size and channels of a pool."""
     from learngene_hub.data import load_images
 
@@ -52,6 +63,7 @@ def images_for(pool: Pool, data: str, split: str, limit: int | None, skip_unread
         in_chans=pool.anchor.shape.in_chans,
         limit=limit,
         skip_unreadable=skip_unreadable,
+        unlabelled=unlabelled,
     )
 
 

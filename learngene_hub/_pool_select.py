@@ -67,6 +67,11 @@ class Selection:
     rule: str = "tals"
     seconds: float = field(default=0.0, compare=False)
 
+    @property
+    def sampled(self) -> int:
+        """Images of each of the samples that the threshold is of."""
+        return min(self.images, SAMPLE) if self.labelled else self.images
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**asdict(self), "entries": [asdict(chosen) for chosen in self.entries]}

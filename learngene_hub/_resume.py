@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from learngene_hub import errors
-from learngene_hub._command import require_new
+from learngene_hub._command import UnfinishedError, require_new
 from learngene_hub._output import Output
 
 IMAGE_SIZE = 64  # pixels of the images that extract learns from, and of a model that finetune grows itself
@@ -30,7 +30,7 @@ def claim(out: Output, path: Path, state: Path, *, resume: bool, yes: bool) -> N
     """Makes sure that ``path`` may be written, and that ``state`` is a run to go on with, or gone.
 
     Raises:
-        StoreError: something is there, and nobody said what to do with it.
+        ThereError, UnfinishedError: something is there, and nobody said what to do with it.
     """
     if goes_on(out, state, resume=resume, yes=yes):
         return
@@ -42,7 +42,7 @@ def goes_on(out: Output, state: Path, *, resume: bool, yes: bool) -> bool:
     """Whether ``state`` is a run to go on with; False: one starts, and what is in ``state`` may go.
 
     Raises:
-        StoreError: an interrupted run is there, and nobody said what to do with it.
+        UnfinishedError: an interrupted run is there, and nobody said what to do with it.
     """
     there = is_begun(state)
     if resume and there:
@@ -50,7 +50,7 @@ def goes_on(out: Output, state: Path, *, resume: bool, yes: bool) -> bool:
     if resume:
         out.note(f"nothing to resume: {state} holds no interrupted run; starting")
     if there and not yes:
-        raise errors.StoreError(f"{state} holds an interrupted run; --resume goes on with it, --yes starts afresh")
+        raise UnfinishedError(f"{state} holds an interrupted run; --resume goes on with it, --yes starts afresh")
     return False
 
 

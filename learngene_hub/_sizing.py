@@ -112,13 +112,13 @@ class Budget:
             return False  # the file is larger still
         return all(self.cost(name, shape) <= limit for name, limit in self.limits())
 
-    def require(self, shape: Shape) -> None:
-        """Nothing, where ``shape``, which leaves nothing to choose, keeps every limit.
+    def require(self, shape: Shape, least: int = 1) -> None:
+        """Nothing, where ``shape``, which leaves nothing to choose, keeps every limit; ``least`` is the least depth.
 
         Raises:
             BudgetError: it does not.
         """
-        shape.require_budget(MAX_PARAMS if self.max_params is None else int(self.max_params))
+        shape.require_budget(MAX_PARAMS if self.max_params is None else int(self.max_params), least)
         for name, limit in self.limits():
             if (cost := self.cost(name, shape)) > limit:
                 raise BudgetError(
@@ -155,7 +155,7 @@ def choose(learngene: Learngene, sizes: Sizes, budget: Budget, prefer: Prefer = 
     if not budget.limits() or fixed:
         shape = plan_of(learngene, sizes)
         if not is_listing(get_method(learngene.method, learngene.settings)) or budget.allows(shape):
-            budget.require(shape)
+            budget.require(shape, learngene.reach.depths[0])
             return shape
     return best(learngene, fitting(learngene, sizes, budget), budget, prefer).shape
 

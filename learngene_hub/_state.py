@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from learngene_hub.data import Images
-from learngene_hub.errors import SettingsError, StoreError
+from learngene_hub.errors import OtherRunError, StoreError
 
 STATE_FILE = "training.pt"
 SAVE_SECONDS = 60.0  # between two writes of a timed state
@@ -55,7 +55,7 @@ class StateDir:
 
         Raises:
             StoreError: it cannot be read or written.
-            SettingsError: it is of another run.
+            OtherRunError: it is of another run.
         """
         path = self.path / f"{name}.pt"
         if path.exists():
@@ -115,7 +115,7 @@ def require_same(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any])
     """Nothing, where the state in a file is of the run that is asked.
 
     Raises:
-        SettingsError: it is of another one.
+        OtherRunError: it is of another one.
     """
     names = [*asked, *(name for name in there if name not in asked)]
     wrong = [
@@ -126,7 +126,9 @@ def require_same(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any])
     if wrong:
         more = [f"and {len(wrong) - SHOWN} more"] if len(wrong) > SHOWN else []
         told = "; ".join([*wrong[:SHOWN], *more])
-        raise SettingsError(f"{path} holds a run with other settings: {told}; use another folder")
+        raise OtherRunError(
+            f"{path} holds a run with other settings: {told}; use another folder, or the settings that are there"
+        )
 
 
 def images_digest(images: Images, chunk: int = 4096) -> str:

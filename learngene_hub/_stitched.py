@@ -133,12 +133,13 @@ class StitchedShape:
         """Bytes of the parameters in ``dtype``, or at that many bytes per number (4: float32)."""
         return self.params() * (dtype if isinstance(dtype, int) else dtype.itemsize)
 
-    def require_budget(self, max_params: int) -> None:
+    def require_budget(self, max_params: int, least: int = 1) -> None:
         """Nothing, where the model has at most ``max_params`` parameters.
 
         Raises:
-            BudgetError: it has more.
+            BudgetError: it has more; no depth is named.
         """
+        del least
         _building.require_budget(self, max_params, lambda: "fewer blocks of its wide segment would fit")
 
     def to_dict(self) -> dict[str, Any]:

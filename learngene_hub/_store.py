@@ -192,7 +192,10 @@ class HubStore:
             return blob.name if blob.parent.name == "blobs" and _SHA256.match(blob.name) else None
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-        with contextlib.suppress(Exception), quiet_client():  # offline, or not reachable: nothing is promised
+        with (
+            contextlib.suppress(Exception),
+            quiet_client(self.server),
+        ):  # offline, or not reachable: nothing is promised
             url = hf_hub_url(asked.repo, self.file_name, revision=asked.revision, endpoint=self.server)
             etag = get_hf_file_metadata(url, token=self.token, endpoint=self.server).etag
             return etag if etag and _SHA256.match(etag) else None
@@ -233,7 +236,7 @@ class HubStore:
         raise AssertionError("the last attempt returns or raises")
 
     def _commit(self, files: Files, asked: Repository, *, message: str, create_pr: bool, parent: str | None) -> Written:
-        with contextlib.ExitStack() as stack, quiet_client():
+        with contextlib.ExitStack() as stack, quiet_client(self.server):
             operations = [_operation(name, content, self.server, stack) for name, content in files.items()]
             made = self.api().create_commit(
                 asked.repo, operations, commit_message=message, revision=asked.revision, create_pr=create_pr,
@@ -259,7 +262,7 @@ class HubStore:
             StoreError: there is none.
         """
         try:
-            with quiet_client():
+            with quiet_client(self.server):
                 return patiently(lambda: question(self.api()))
         except Exception as error:  # the client lets errors of its HTTP library through
             raise StoreError(why_unwritten(asked, error, server=self.server)) from error
@@ -267,7 +270,7 @@ class HubStore:
     @contextlib.contextmanager
     def _reading(self, asked: Repository) -> Iterator[None]:
         try:
-            with quiet_client():
+            with quiet_client(self.server):
                 yield
         except Exception as error:  # the client lets errors of its HTTP library through, whose name changed with 2.0
             why = why_unread(asked, error, server=self.server, file_name=self.file_name)

@@ -27,6 +27,7 @@ from learngene_hub._command import (
     YesOption,
     read_heads,
     read_settings,
+    tell_left_out,
     tell_pool,
     tell_skipped,
 )
@@ -60,7 +61,8 @@ GrownArgument = Annotated[
 ]
 FolderOption = Annotated[Path, typer.Option("--out", help="The folder to write the trained model to.")]
 PixelsOption = Annotated[
-    int | None, typer.Option("--image-size", help="Side of the images, pixels, of a model grown now [64].")
+    int | None,
+    typer.Option("--image-size", help="Side of the images, pixels, of a model grown now [64; a pool's own]."),
 ]
 ConstrainedOption = Annotated[
     bool, typer.Option("--constrained", help="Train a learngene's components, not the blocks: ldr alone.")
@@ -149,6 +151,7 @@ def finetune(
         )  # fmt: skip
         for each in images:
             tell_skipped(out, each)
+        tell_left_out(out, images[0], batch_size)
         began = time.perf_counter()
         tuned = _tuned(learngene, grown, growth, seed) if learngene else grown.timm_model
         if not learngene:
@@ -288,6 +291,7 @@ def _model_and_images(
     """
     from learngene_hub.data import load_images
     from learngene_hub.descendant import Descendant
+    from learngene_hub.hub import pull
     from learngene_hub.shape import shape_of
 
     if (Path(model) / "config.json").is_file():
@@ -309,7 +313,7 @@ def _model_and_images(
                 f"--num-labels {len(images[0].classes)} would work"
             )
         return grown, images
-    pixels = size or IMAGE_SIZE
+    pixels = size or pull(model).pool_size or IMAGE_SIZE
     images = [
         load_images(data, split=split, size=pixels, limit=limit, skip_unreadable=skip_unreadable) for split in splits
     ]

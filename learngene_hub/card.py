@@ -35,7 +35,7 @@ from learngene_hub._card_results import RECIPE as RECIPE
 from learngene_hub._card_results import comparison as comparison
 from learngene_hub._card_results import measured_with as measured_with
 from learngene_hub._card_results import read_results
-from learngene_hub._card_shapes import LABELS, example, examples, family, loading, reach_section
+from learngene_hub._card_shapes import example, examples, family, labels, loading, reach_section
 
 if TYPE_CHECKING:
     from learngene_hub.learngene import Learngene
@@ -114,7 +114,7 @@ def _use(learngene: Learngene, source: str) -> str:
     sizes = f"depth={shape.depth}, width={shape.width}, " if shape else ""
     flags = f" --depth {shape.depth} --width {shape.width}" if shape else ""
     native = shape or learngene.shape
-    size, channels = native.image_size, native.in_chans
+    size, channels, count = native.image_size, native.in_chans, labels(learngene)
     what, where = loading(examples(learngene) or [learngene.shape])
     return f"""## Use
 
@@ -122,8 +122,8 @@ def _use(learngene: Learngene, source: str) -> str:
 import torch
 from learngene_hub import Descendant
 
-model = Descendant.from_learngene({json.dumps(source)}, {sizes}num_labels={LABELS})
-logits = model(torch.zeros(1, {channels}, {size}, {size})).logits  # (1, {LABELS})
+model = Descendant.from_learngene({json.dumps(source)}, {sizes}num_labels={count})
+logits = model(torch.zeros(1, {channels}, {size}, {size})).logits  # (1, {count})
 ```
 
 The model is {what} inside transformers' own wrapper: train it with `transformers.Trainer`, with

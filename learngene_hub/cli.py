@@ -161,8 +161,6 @@ def _cost(shape: Shape, dtype: str) -> dict[str, Any]:
 app.command("fit-size")(verb(_fit_size.fit_size))
 
 
-@app.command()
-@verb
 def methods(
     out: Output,
     name: Annotated[str | None, typer.Argument(metavar="[METHOD]", help="Show the settings of this one.")] = None,
@@ -186,6 +184,9 @@ def methods(
         return
     rows = _settings(get_method(name))
     out.rows(rows, key="setting", columns=["setting", "default", "type", "acts", "description"])
+
+
+app.command()(verb(methods, {errors.SettingsError: "learngene methods"}))
 
 
 def _settings(method: Any) -> list[dict[str, Any]]:
@@ -286,7 +287,12 @@ app.command()(verb(_exchange.pull))
 app.command()(verb(_shelf.verify))
 app.add_typer(_registry_commands.app)
 _pool_commands.mount(app)
-app.command()(verb(_federate.federate, {errors.TrainingError: "learngene federate --list-settings"}))
+app.command()(
+    verb(
+        _federate.federate,
+        dict.fromkeys((errors.SettingsError, errors.TrainingError), "learngene federate --list-settings"),
+    )
+)
 app.command("hf-extension")(verb(hf_extension))
 plain_help(app)
 

@@ -97,13 +97,14 @@ def load_images(
     limit: int | None = None,
     seed: int = 0,
     skip_unreadable: bool = False,
+    unlabelled: bool = False,
 ) -> Images:
     """Images of one split, decoded, shorter side resized to `size` pixels (bicubic) and centre cropped.
 
     `source` is tried in this order: the name of a bundled sample ("signdigits"); a parquet file (which is one split, so
     `split` says nothing about it); a folder with SPLIT.parquet or SPLIT-*.parquet, also under data/; a folder of class
     folders, under SPLIT/ or directly; a Hub data set id (needs the `datasets` library). `limit` keeps that many images,
-    drawn with `seed`.
+    drawn with `seed`. `unlabelled` needs no labels, so that a folder of images will do too; all get the label 0.
 
     Raises:
         DataError: nothing there, no such split or column, an empty set, an unreadable image, labels out of range.
@@ -115,7 +116,7 @@ def load_images(
     if in_chans not in (1, 3):
         raise SettingsError(f"images are read with 1 (grey) or 3 (RGB) channels, not {in_chans!r}")
     place = _sample(str(source)) if str(source) in SAMPLES else source
-    rows = _decode.read_source(place, split, image_column, label_column)
+    rows = _decode.read_source(place, split, image_column, label_column, unlabelled=unlabelled)
     if not len(rows.labels):
         raise DataError(f"{source}, split {split!r}, holds no images")
     labels, classes = _checked_labels(rows, str(source))

@@ -120,7 +120,7 @@ class Descendant(TimmWrapperForImageClassification):
         Args:
             name_or_path_or_uri: a name of the registry, a file or folder, or ``org/repo``; or a ``Pool``.
             selection: of a pool: what ``Pool.select`` found, or entries -> weights; the anchor alone where left out.
-            image_size: in pixels; of a pool, where left out, that at which its increments were trained.
+            image_size: in pixels; of a pool or a mixture, where left out, that at which its increments were trained.
             heads: of every block, or one number for each; other than width / head_dim only where the method grows such.
             id2label: class number -> name, for every class; ``num_labels`` may then be left out.
             drop_path_rate: of the last block in training; it rises linearly from 0 over the blocks.
@@ -153,7 +153,6 @@ class Descendant(TimmWrapperForImageClassification):
 
             pool = pull_pool(name_or_path_or_uri, revision=revision)
             learngene, name, commit = pool.merge(selection or {}), pool.name, pool.revision
-            image_size = pool.manifest.key.image_size if image_size is None else image_size
         else:
             from learngene_hub.hub import fetch  # here: descendants stand above the Hub
 

@@ -4,6 +4,7 @@ LearngeneError
   ShapeError(ValueError)      the asked descendant cannot exist, or cannot be grown from this learngene
     BudgetError               it would have more parameters than allowed
   SettingsError(ValueError)   a setting is out of its range, or a method is unknown
+    OtherRunError             an interrupted run is to go on with other settings than it began with
     NameTakenError            of an entry of a pool, by another process during the training; what was trained is kept
   ArtefactError(ValueError)   a file is not the learngene it claims to be
     DigestError               its bytes differ from the sha256 that was promised
@@ -33,6 +34,10 @@ class BudgetError(ShapeError):
 
 class SettingsError(LearngeneError, ValueError):
     """A setting is out of its range, or a method is unknown."""
+
+
+class OtherRunError(SettingsError):
+    """An interrupted run is to go on with other settings, images or weights than it began with."""
 
 
 class NameTakenError(SettingsError):

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from learngene_hub import registry
 from learngene_hub._client import Repository as Repository
-from learngene_hub._client import is_repository
+from learngene_hub._client import is_absent, is_repository
 from learngene_hub._client import parse_repository as parse_repository
 from learngene_hub._pool_push import push_pool as push_pool
 from learngene_hub._push import push as push
@@ -33,7 +33,7 @@ from learngene_hub._store import FolderStore as FolderStore
 from learngene_hub._store import HubStore as HubStore
 from learngene_hub._store import Peek, digests, file_at, refuse_revision, resolved_revision
 from learngene_hub._store import Store as Store
-from learngene_hub.errors import ArtefactError, SettingsError, StoreError
+from learngene_hub.errors import ArtefactError, NoPoolError, SettingsError, StoreError
 from learngene_hub.learngene import FILE_NAME, Learngene
 from learngene_hub.registry import Entry, Registry
 
@@ -99,10 +99,11 @@ def pull_pool(source: str | os.PathLike[str] | Pool, *, revision: str | None = N
     One from the Hub lies in the cache of its client and cannot be added to: ``Pool.copy`` makes one that can.
 
     Raises:
-        RegistryError, StoreError, SettingsError: as ``pull``, or there is no pool.
+        RegistryError, StoreError, SettingsError: as ``pull``.
+        NoPoolError: it is a learngene, and no pool.
         ArtefactError: it was edited, or a file is not what the manifest promises.
     """
-    from learngene_hub._pool_file import MANIFEST, path_within, read_manifest
+    from learngene_hub._pool_file import path_within, read_manifest
     from learngene_hub.pool import Pool
 
     if isinstance(source, Pool):
@@ -111,14 +112,23 @@ def pull_pool(source: str | os.PathLike[str] | Pool, *, revision: str | None = N
     located = locate(source, revision=revision)
     folder = located.path.parent
     if located.revision is None:
+        if pool_at(located.path) is None:
+            raise _no_pool(os.fspath(source))
         return Pool.load(folder)
     asked = parse_repository(located.uri)
-    HubStore(file_name=MANIFEST).read(located.uri)
+    try:
+        HubStore(file_name=POOL_FILE).read(located.uri)
+    except StoreError as error:
+        raise (_no_pool(os.fspath(source)) if is_absent(error) else error) from error
     for row in read_manifest(folder).entries:
         store = HubStore(file_name=path_within(row))
         if digests(store.read(located.uri))[0] != row.sha256:
             store.read(located.uri, again=True)
     return replace(Pool.load(folder), origin=(asked.repo, located.revision))
+
+
+def _no_pool(name: str) -> NoPoolError:
+    return NoPoolError(f"{name} is not a pool: it has no {POOL_FILE}; `learngene pool create` makes one around it")
 
 
 def locate(name_or_path_or_uri: str | os.PathLike[str], *, revision: str | None = None) -> Located:

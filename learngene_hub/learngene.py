@@ -32,7 +32,9 @@ the header.
     ``ancestor``       ``name``, ``sha256`` (64 hex digits or empty), ``license`` and ``source``: strings of one line
     ``preprocessing``  of the ancestor's images: ``Preprocessing.to_dict``
     ``license``        SPDX identifier of the learngene, or empty
-    ``provenance``     an object of free facts: data sets, seconds, seeds, versions, ...
+    ``provenance``     an object of free facts: data sets, seconds, seeds, versions, ... One of them acts:
+                       ``pool_image_size``, of the anchor of a pool and of a mixture, is the side of the images, in
+                       pixels, for which it is grown where no other is asked
 
 A reader refuses everything else. It looks at ``format`` before the rest: a later format is refused with its
 ``read_by``. It checks the whole header, and the tensors' shapes against the native shape (the method knows how),
@@ -85,6 +87,7 @@ if TYPE_CHECKING:
 
     from learngene_hub.hub import Pushed
 
+POOL_SIZE = "pool_image_size"  # the fact of a provenance that acts
 MAX_REREAD = 2**26  # bytes of a refused file that are read to tell whether it was the promised one
 
 
@@ -162,6 +165,21 @@ class Learngene:
     def to(self, dtype: torch.dtype) -> Learngene:
         """The same with every tensor in ``dtype``, such as torch.float16 for half the bytes."""
         return replace(self, tensors={name: tensor.to(dtype) for name, tensor in self.tensors.items()})
+
+    @property
+    def pool_size(self) -> int | None:
+        """Pixels of the images of the pool that it is of; None of a learngene that is of no pool."""
+        size = self.provenance.get(POOL_SIZE)
+        return size if type(size) is int and size > 0 else None
+
+    def in_pool(self, image_size: int) -> Learngene:
+        """The same as part of a pool whose images have so many pixels."""
+        return replace(self, provenance={**self.provenance, POOL_SIZE: image_size})
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of the images of a descendant where none are asked: the pool's, else the native ones."""
+        return self.pool_size or self.shape.image_size
 
     @property
     def nbytes(self) -> int:

@@ -80,7 +80,8 @@ class Pool:
             entry: the form of the increments: "components", a few for the whole depth, or "blocks", one for each part
                 of the anchor: larger, and the only form into which any finetuned ancestor can be projected.
             components: of an increment, where ``entry`` is "components".
-            image_size: at which images are looked at and increments trained; the anchor's where left out.
+            image_size: at which images are looked at, increments trained and descendants grown; the anchor's where left
+                out. The pool's copy of the anchor says it, so that its digest is not that of ``anchor``.
             features, seed: of the keys.
 
         Raises:
@@ -92,8 +93,9 @@ class Pool:
             raise SettingsError(f"anchor {anchor!r:.80} given; a learngene would work: Learngene.from_pretrained(NAME)")
         count = len(places(anchor)) if entry == "blocks" else components
         table(anchor, entry, count)
-        space = Space(features=features, seed=seed, image_size=image_size or anchor.shape.image_size)
+        space = Space(features=features, seed=seed, image_size=image_size or anchor.image_size)
         replace(anchor.shape, image_size=space.image_size)  # a ShapeError where the patches do not tile it
+        anchor = anchor.in_pool(space.image_size)
         with _pool_file.whole(place) as made:
             path = anchor.save_pretrained(made)
             row = Row(name="anchor", sha256=anchor.digest, bytes=path.stat().st_size)
@@ -339,9 +341,10 @@ class Pool:
             RegistryError: an entry that is not there.
         """
         weights = _pool_merge.weights_of(self, selection)
+        anchor = self.anchor.in_pool(self.manifest.key.image_size)
         told = {name: weight for name, weight in ((self.row(sha).name, weight) for sha, weight in weights.items())}
-        provenance: dict[str, Any] = {**self.anchor.provenance, "pool": self.manifest.digest, "selection": told}
-        return replace(self.anchor, tensors=self.merged(weights), provenance=provenance) if weights else self.anchor
+        provenance: dict[str, Any] = {**anchor.provenance, "pool": self.manifest.digest, "selection": told}
+        return replace(anchor, tensors=self.merged(weights), provenance=provenance) if weights else anchor
 
     def merged(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """The anchor's tensors with these weights (by sha256) of increments and their parents added."""

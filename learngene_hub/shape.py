@@ -209,18 +209,18 @@ class ViTShape:
         """Bytes of the parameters in ``dtype``, or at that many bytes per number (4: float32)."""
         return self.params() * (dtype if isinstance(dtype, int) else dtype.itemsize)
 
-    def require_budget(self, max_params: int) -> None:
+    def require_budget(self, max_params: int, least: int = 1) -> None:
         """Nothing, where the model has at most ``max_params`` parameters.
 
         Raises:
-            BudgetError: it has more.
+            BudgetError: it has more; the message names a depth that fits, from ``least`` on.
         """
 
         def what_fits() -> str:
             empty = self.params() - self.depth * self._block_params()
             depth = (max_params - empty) // self._block_params()
-            least = replace(self, depth=1).params()
-            return f"depth {depth} would fit" if depth >= 1 else f"at width {self.width} even depth 1 has {least:,}"
+            beyond = f"at width {self.width} even depth {least} has {replace(self, depth=least).params():,}"
+            return f"depth {depth} would fit" if depth >= least else beyond
 
         _building.require_budget(self, max_params, what_fits)
 

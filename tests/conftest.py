@@ -33,6 +33,14 @@ def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     yield
 
 
+@pytest.fixture(autouse=True)
+def fast_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy this machine is, no line says that the Hub is waited for."""
+    from learngene_hub import _client
+
+    monkeypatch.setattr(_client, "SLOW", 600.0)
+
+
 def _is_local(host: object) -> bool:
     return host in (None, "", "localhost", "::1") or str(host).startswith("127.")
 

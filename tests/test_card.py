@@ -287,6 +287,14 @@ def test_only_shapes_within_reach_are_told(case: str) -> None:
     assert "width=128" not in section(text, "Use") and "--width 128" not in section(text, "Use")
 
 
+def test_the_example_of_a_federated_run_has_the_classes_of_its_data() -> None:
+    assert "num_labels=10)" in written(gene())
+    federated = written(
+        replace(gene(), provenance={"federation": {"rounds": 2}}, shape=replace(gene().shape, classes=7))
+    )
+    assert "num_labels=7)" in federated and "logits  # (1, 7)" in federated and "7 labels at" in federated
+
+
 def test_how_it_was_made() -> None:
     part = section(written(), "How it was made")
     for told in (

@@ -103,6 +103,19 @@ def test_no_arguments_and_wrong_usage_exit_2(run: Call) -> None:
     assert "contradict each other" in run("list", "--json", "--format", "human").err
 
 
+def test_what_comes_next_after_a_refusal(run: Call, here: Path) -> None:
+    assert run("methods", "lsmd").refused().endswith("(next: learngene methods)")
+    run("expand", "pico", "grown", *SMALL)
+    there = run("expand", "pico", "grown", *SMALL).refused()
+    assert there.endswith("(next: the same command with --yes, or with another name)")
+
+
+@pytest.mark.parametrize("typed", ["lst", "pool crate", "registry chek"])
+def test_a_mistyped_command_is_told_once_what_is_near(run: Call, typed: str) -> None:
+    refused = run(*typed.split())
+    assert refused.code == 2 and refused.err.count("Did you mean") == 1
+
+
 def test_version(run: Call) -> None:
     from learngene_hub import __version__
 

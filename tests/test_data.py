@@ -127,6 +127,42 @@ class TestSources:
         with pytest.raises(DataError, match="not divided into splits"):
             load_images(write_classes(tmp_path), split="test", size=8)
 
+    def test_unlabelled_images_stand_in_any_folders_or_none(self, tmp_path: Path) -> None:
+        flat, kinds = tmp_path / "flat", write_classes(tmp_path / "kinds")
+        (flat / ".thumbnails").mkdir(parents=True)
+        for name in ("a.png", "b.jpg", ".thumbnails/c.png"):
+            (flat / name).write_bytes(encoded(COLORS[0]))
+        (flat / "notes.txt").write_text("no image")
+        with pytest.raises(DataError, match="holds no class folders"):
+            load_images(flat, size=20)
+        images = load_images(flat, size=20, unlabelled=True)
+        assert (len(images), images.labels.tolist(), images.classes, images.name) == (2, [0, 0], ("0",), "flat")
+        read = load_images(kinds, size=20, unlabelled=True)
+        assert torch.equal(read.pixels, load_images(kinds, size=20).pixels) and read.labels.tolist() == [0] * 4
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(DataError, match="empty holds no images and no parquet; expected empty/IMAGE"):
+            load_images(tmp_path / "empty", unlabelled=True)
+
+    def test_unlabelled_images_have_splits_too(self, tmp_path: Path) -> None:
+        for split, count in (("train", 3), ("test", 1)):
+            (tmp_path / split).mkdir()
+            for i in range(count):
+                (tmp_path / split / f"{i}.png").write_bytes(encoded(COLORS[0]))
+        assert len(load_images(tmp_path, size=20, unlabelled=True)) == 3
+        assert len(load_images(tmp_path, size=20, split="test", unlabelled=True)) == 1
+        with pytest.raises(DataError, match="has no split 'val'; there: test, train"):
+            load_images(tmp_path, split="val", unlabelled=True)
+        write_classes(tmp_path, ("cat",))  # now train may be a class
+        assert len(load_images(tmp_path, size=20, unlabelled=True)) == 6
+
+    def test_unlabelled_parquet_needs_no_label_column(self, tmp_path: Path) -> None:
+        cell = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        table = pa.table({"image": pa.array([{"bytes": encoded(COLORS[0]), "path": None}] * 3, cell)})
+        pq.write_table(table, tmp_path / "some.parquet")
+        with pytest.raises(DataError, match="no label column"):
+            load_images(tmp_path / "some.parquet")
+        assert load_images(tmp_path / "some.parquet", size=20, unlabelled=True).labels.tolist() == [0, 0, 0]
+
     def test_datasets_reads_a_folder_without_scripts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         datasets = pytest.importorskip("datasets")
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

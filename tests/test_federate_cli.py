@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from learngene_hub._federate import _next
 from learngene_hub.cli import app
+from learngene_hub.federated import apps
 from learngene_hub.learngene import Learngene
 
 SMALL = [part for name, value in TINY.items() if name != "rounds" for part in ("--set", f"{name}={value}")]
@@ -68,6 +69,29 @@ def test_next_names_the_clusters_up_to_some() -> None:
     assert _next(Path("f"), 12, 32).endswith("cluster-7, cluster-8, and 3 more")
 
 
+def test_an_interrupted_run_says_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(apps, "simulate", interrupted)
+    code, _, err = call("--out", str(tmp_path / "run"), *SMALL)
+    kept = f"the rounds that were finished are in {tmp_path}/run (next: the same command goes on after them)"
+    assert code == 130 and err.splitlines() == [f"Error: interrupted; {kept}"]
+    code, _, err = call(*SMALL)
+    assert code == 130 and err.startswith("Error: interrupted; without --out nothing was kept (next: ")
+
+
+def test_images_of_another_size_than_the_ancestors_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(apps, "simulate", interrupted)
+    said = "Images of 32 px; the ancestor's are 224 px. --set image_size=N takes others"
+    assert said in call("--ancestor", "lsamd-base")[2]
+    assert "the ancestor's are" not in call("--ancestor", "lsamd-base", "--set", "image_size=224")[2]
+    assert "the ancestor's are" not in call()[2]
+
+
 def test_a_flower_app_is_written_and_nothing_run(tmp_path: Path) -> None:
     folder = tmp_path / "app"
     code, out, err = call("--write-app", str(folder), "--rounds", "7", "--json")
@@ -103,6 +127,14 @@ def test_the_settings_are_listed_with_what_they_mean() -> None:
     assert code == 0 and rows["mu"]["value"] == 0.01 and all(row["description"] for row in rows.values())
     lines = [part.split(": ")[0] for part in rows["strategy"]["description"].split(". ", 1)[1].split(" | ")]
     assert lines == ["gene-fl", "early", "late", "local", "fedavg", "fedprox", "fedavg-bytes"]
+    for name, row in rows.items():  # what a zero means, where it is the value: no number, but off, or chosen
+        assert (
+            row["value"]
+            or not isinstance(row["value"], int | float)
+            or name in ("seed", "paper_mode")
+            or ("0: " in row["description"])
+        ), name
+    assert "0: off" in rows["mu"]["description"] and "0: none" in rows["weight_decay"]["description"]
     told = rows["strategy"]["description"]
     assert told.count("leaves no learngene") == 4 and told.count("leaves a learngene per cluster") == 3
     assert "never before its first round" in told
@@ -136,6 +168,7 @@ def test_bad_input_is_one_line(args: list[str], told: str, monkeypatch: pytest.M
     monkeypatch.chdir(Path(__file__).parents[1])
     code, out, err = call(*args)
     assert code == 1 and told in err and not out and len(err.strip().splitlines()) == 1, err
+    assert "setting 'mo'" not in err or err.strip().endswith("(next: learngene federate --list-settings)")
     assert "round 1" not in err and "learning rate" not in err
 
 

@@ -403,6 +403,7 @@ def test_the_card_of_a_cluster_tells_what_the_run_measured(kept: tuple[Path, Out
         assert float(after) == pytest.approx(np.mean([told["accuracy"] for told in last]), abs=0.06)  # type: ignore[arg-type]
         assert rows["bytes from all clients of the run, in rounds"] == f"{sent['up']:,}"
         assert rows["bytes to all clients of the run, in rounds"] == f"{sent['down']:,}"
+        assert f'from_learngene("path/to/cluster-{number}", ' in text and "num_labels=10)" in text
         assert '\nstrategy: "gene-fl"\n' in text and "\nmax_drift: 10.0\n" in text and "…" not in text
         assert (f"The layers that {len(own)} clients of one cluster share." in text) == (len(own) > 1)
         assert ("This cluster has 1 client" in text) == ("The layers of 1 client." in text) == (len(own) == 1)

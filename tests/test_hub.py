@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,9 @@ import pytest
 from hostile import small
 from loopback import Hub, serve
 from test_registry import rows, write
+from typer.testing import CliRunner
 
-from learngene_hub import hub
+from learngene_hub import _client, cli, hub
 from learngene_hub.errors import ArtefactError, DigestError, RegistryError, SettingsError, StoreError
 from learngene_hub.hub import FolderStore, HubStore, Repository, list_learngenes, locate, parse_repository, pull
 from learngene_hub.registry import ENVIRONMENT
@@ -290,6 +292,27 @@ def test_each_refusal_of_the_hub_says_what_would_work(
     with pytest.raises(StoreError, match=message) as caught:
         pull(name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_command_that_waits_for_the_hub_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    told = CliRunner().invoke(cli.app, ["show", "org/tiny"]).stderr.splitlines()
+    assert told[0] == "http://127.0.0.1:9 is busy, or cannot be reached: it is asked again, for about half a minute"
+    assert len(told) == 2 and told[1].startswith("Error: org/tiny could not be fetched")
+    assert len(CliRunner().invoke(cli.app, ["show", "org/tiny", "--json"]).stderr.splitlines()) == 1
+
+
+def test_a_hub_that_is_slow_is_waited_for_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(_client, "SLOW", 0.01)
+    caplog.set_level("INFO", "learngene_hub.hub")
+    with _client.quiet_client("http://slow"):
+        deadline = time.monotonic() + 30
+        while not caplog.messages and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert caplog.messages == ["waiting for http://slow"]
 
 
 def test_a_hub_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,14 +66,14 @@ def test_adding_an_entry_changes_no_earlier_byte(tmp_path: Path) -> None:
     for name, data in before.items():
         digest = hashlib.sha256(data).hexdigest()
         assert (
-            digest == anchor_of().digest if name == "learngene.safetensors" else name == f"entries/{digest}.safetensors"
+            digest == pool.anchor.digest if name == "learngene.safetensors" else name == f"entries/{digest}.safetensors"
         )
 
 
 def test_the_manifest_says_what_is_there(made: Path) -> None:
     said = json.loads((made / MANIFEST).read_bytes())
     files = files_of(made)
-    assert said["anchor"] == {"sha256": anchor_of().digest, "bytes": len(files["learngene.safetensors"])}
+    assert said["anchor"] == {"sha256": anchor_of().in_pool(16).digest, "bytes": len(files["learngene.safetensors"])}
     assert [row["name"] for row in said["entries"]] == ["look-1", "look-2"]
     for row in said["entries"]:
         data = files[f"entries/{row['sha256']}.safetensors"]
@@ -87,13 +87,13 @@ def test_the_manifest_says_what_is_there(made: Path) -> None:
 def test_a_pool_read_again_is_the_same(made: Path) -> None:
     pool = Pool.load(made)
     assert pool.names == ("look-1", "look-2") and len(pool) == 2 and pool.verify() == []
-    assert pool.anchor.digest == anchor_of().digest
+    assert pool.anchor.digest == anchor_of().in_pool(16).digest
     assert pool.read("look-1").digest == pool.manifest.entries[0].sha256
     assert parse(pool.manifest.encode()) == pool.manifest
 
 
 def test_the_folder_of_a_pool_is_that_of_its_anchor(made: Path) -> None:
-    assert Learngene.from_pretrained(made).digest == anchor_of().digest
+    assert Learngene.from_pretrained(made).digest == anchor_of().in_pool(16).digest
 
 
 def test_an_entry_holds_an_increment_a_key_and_no_image(made: Path) -> None:

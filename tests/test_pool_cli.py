@@ -63,7 +63,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_pool_from_beginning_to_end(here: Path, run: Call) -> None:
     made = run("pool", "create", "mine", "anchor", *SMALL, "--json").json()
-    assert made["anchor"] == "net2net" and made["sha256"] == Learngene.load("anchor/learngene.safetensors").digest
+    assert made["anchor"] == "net2net" and made["sha256"] == Learngene.load("mine/learngene.safetensors").digest
     added = run("pool", "add", "mine", *QUICK, "--json").json()
     assert (added["name"], added["entries"], added["steps"], added["images_seen"]) == ("signdigits", 1, 2, 40)
     before = files_of(here / "mine")
@@ -94,6 +94,19 @@ def test_select_prints_entries_weights_residual_and_seconds(here: Path, run: Cal
     assert people.code == 0 and "entries.signdigits.weight\t0.5" in people.out
     labelled = run("select", "mine", "--data", "signdigits", "--limit", 20, "--json").json()
     assert labelled["labelled"] and labelled["scores"].keys() == {"0", "0.3", "0.5", "0.7", "1"}
+
+
+def test_select_looks_at_a_folder_of_images_without_labels(here: Path, run: Call) -> None:
+    from PIL import Image
+
+    run("pool", "create", "mine", "anchor", *SMALL)
+    run("pool", "add", "mine", *QUICK)
+    (here / "few").mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 20), (80 * i, 90, 100)).save(here / "few" / f"{i}.png")
+    said = run("select", "mine", "--data", "few", "--unlabelled", "--json").json()
+    assert said["images"] == 3 and not said["labelled"]
+    assert "holds no class folders" in run("select", "mine", "--data", "few").refused()
 
 
 def test_the_mixture_is_written_and_grown_like_any_learngene(here: Path, run: Call) -> None:
@@ -141,7 +154,10 @@ def test_each_refusal_is_one_line(here: Path, run: Call) -> None:
     run("pool", "create", "mine", "anchor", *SMALL)
     for command in (["pool", "show", "anchor"], ["pool", "list", "anchor"], ["pool", "add", "anchor", *QUICK]):
         line = run(*command).refused()
-        assert "is not a pool: it has no pool.json" in line and "learngene pool create FOLDER ANCHOR makes one" in line
+        assert "anchor is not a pool: it has no pool.json" in line
+        assert line.endswith("(next: learngene pool create FOLDER anchor)")
+    line = run("pool", "add", "nowhere", *QUICK).refused()
+    assert "no folder nowhere; " in line and line.endswith("(next: learngene pool create FOLDER ANCHOR)")
     assert "'nowhere'" in run("select", "nowhere", "--data", "signdigits").refused()
     assert "the pool is empty" in run("select", "mine", "--data", "signdigits", "--limit", 20).refused()
     assert "is there already" in run("pool", "create", "mine", "anchor", *SMALL).refused()
@@ -156,6 +172,21 @@ def test_each_refusal_is_one_line(here: Path, run: Call) -> None:
     manifest = here / "mine" / "pool.json"
     manifest.write_text(manifest.read_text().replace("signdigits", "sign-digits"))
     assert "edited by hand" in run("pool", "verify", "mine").refused()
+
+
+BUNDLED = (
+    "pool list", "pool show", "pool verify", "pool add --data signdigits", "pool pull --folder",
+    "pool push --repo", "select --data signdigits",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", BUNDLED)
+def test_a_bundled_learngene_is_no_pool_and_may_become_one(here: Path, run: Call, typed: str) -> None:
+    words = typed.replace("--folder", "mine").replace("--repo", "org/mine").split()
+    verb = words[: 2 if words[0] == "pool" else 1]
+    line = run(*verb, "lsamd-base", *words[len(verb) :]).refused()
+    assert line.startswith("Error: lsamd-base is not a pool: it has no pool.json; ")  # no path of this machine
+    assert line.endswith("(next: learngene pool create FOLDER lsamd-base)")
 
 
 def test_verify_tells_each_wrong_file_and_fails(here: Path, run: Call) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from test_pool_cli import here as here  # fixtures
 from test_pool_cli import run as run
 from timm.models._hub import save_for_hf
 
-from learngene_hub import _pool_add, _pool_choose, _pool_file, _pool_options, errors, hub, pool, training
+from learngene_hub import _pool_add, _pool_choose, _pool_file, _pool_options, _pool_select, errors, hub, pool, training
 from learngene_hub import data as data_sets
 from learngene_hub.learngene import Learngene
 from learngene_hub.pool import Pool, Selection
@@ -51,8 +52,6 @@ def test_images_have_64_pixels_where_the_patches_tile_them(here: Path, run: Call
 
 
 def test_the_anchors_size_is_taken_where_its_patches_do_not_tile_64(here: Path, run: Call) -> None:
-    from dataclasses import replace
-
     from conftest import build_pico
     from planted import FACTS
 
@@ -62,6 +61,25 @@ def test_the_anchors_size_is_taken_where_its_patches_do_not_tile_64(here: Path, 
     factory.extract("net2net", build_pico(odd), {}, facts=FACTS).save_pretrained("odd")
     made = run("pool", "create", "other", "odd")
     assert Pool.load("other").manifest.key.image_size == 15 and "Images of 15 px\n" in made.err
+
+
+def test_a_pool_and_a_mixture_grow_at_the_size_of_the_pool(here: Path, run: Call) -> None:
+    run("pool", "create", "mine", "anchor", "--image-size", 32)
+    run("pool", "add", "mine", *QUICK)
+    run("select", "mine", "--data", "signdigits", "--limit", 20, "--unlabelled", "--out", "mixed")
+    quick = ["--limit", 8, "--epochs", 1, "--batch-size", 8]
+    for name in ("mine", "mixed"):
+        assert run("show", name, "--json").json()["descendant"]["image_size"] == 32
+        fits = run("fit-size", name, "--max-params", "1M", "--json").json()
+        assert fits["taken"]["flops"] == run("show", name, "--json", "--max-params", "1M").json()["descendant"]["flops"]
+        assert run("expand", name, f"{name}-grown", "--json").json()["image_size"] == 32
+        assert run("finetune", name, "--data", "signdigits", *quick, "--out", f"{name}-tuned").code == 0
+        assert run("finetune", f"{name}-tuned", "--data", "signdigits", *quick, "--image-size", 32, "--out", "x",
+                   "--yes").code == 0  # fmt: skip
+    asked = run("expand", "mixed", "other", "--image-size", 16, "--json").json()
+    assert asked["image_size"] == 16
+    run("pool", "create", "second", "mixed")
+    assert Pool.load("second").manifest.key.image_size == 32
 
 
 # --- Options of add ---------------------------------------------------------------------------------------------------
@@ -79,6 +97,22 @@ def test_an_entry_that_is_made_takes_no_option_of_making_one(mine: Path, run: Ca
     found = run("pool", "add", "mine", "--entry", entry_of(mine), "--name", "x", *options)
     assert (found.code, found.out) == (2, "")
     assert f"--entry and {options[0]} asked; " in found.err and Pool.load("mine").names == ("signdigits",)
+
+
+def test_images_that_an_epoch_leaves_out_are_told(here: Path, run: Call) -> None:
+    run("pool", "create", "mine", "anchor", *SMALL)
+    odd = ["--data", "signdigits", "--limit", 40, "--epochs", 1, "--batch-size", 32]
+    said = (
+        "signdigits: an epoch trains on 32 of 40 images, drawn anew each time, in whole batches of 32; --batch-size 20 "
+        "takes 40"
+    )
+    added = run("pool", "add", "mine", *odd)
+    assert added.code == 0 and said in added.err.splitlines()
+    tuned = run("finetune", "mine", *odd, "--test-split", "", "--out", "tuned")
+    assert tuned.code == 0 and said in tuned.err.splitlines()
+    assert "an epoch trains on" not in run("pool", "add", "mine", *QUICK, "--name", "even").err
+    few = run("pool", "add", "mine", *odd[:3], 20, *odd[4:], "--name", "few")
+    assert few.code == 0 and "an epoch trains on" not in few.err
 
 
 @pytest.mark.parametrize(
@@ -267,9 +301,12 @@ def test_an_interrupted_training_goes_on_and_ends_in_the_same_entry(
     state = here / "mine.signdigits.training-state"
     assert stopped.code == 130 and state.is_dir() and Pool.load("mine").names == ()
     assert "(next: the same command with --resume)" in stopped.err
-    assert "--resume goes on with it, --yes starts afresh" in run("pool", "add", "mine", *LONGER).refused()
+    begun = run("pool", "add", "mine", *LONGER).refused()
+    assert "--resume goes on with it, --yes starts afresh" in begun
+    assert begun.endswith("(next: the same command with --resume)")
     other = run("pool", "add", "mine", *LONGER, "--lr", 0.1, "--resume").refused()
-    assert "lr" in other
+    assert "lr 0.0008 there, 0.1 asked" in other
+    assert other.endswith("(next: the same command with --yes in place of --resume starts afresh)")
     done = run("pool", "add", "mine", *LONGER, "--resume", "--json").json()
     assert (done["steps"], done["entries"]) == (6, 1) and not state.exists()
     ours, theirs = told(entry_of(here / "mine")), told(entry_of(here / "straight"))
@@ -337,4 +374,11 @@ def test_a_task_that_is_refused_is_told_what_would_take_it() -> None:
         anchor="a", pool="p", entries=(), abstained=True, residual=0.5, threshold=0.2, images=10, labelled=True
     )
     told = _pool_choose._why_none(found, "photos/")
-    assert "2.5 times as far" in told and "--tolerance 2.6 allows more" in told
+    assert "2.5 times as far as 95 % of samples of 10 images of their own data)" in told
+    assert "--tolerance 2.6 allows more" in told
+    many = _pool_choose._why_none(replace(found, images=50), "photos/")
+    assert "samples of 10 images of their own data; with labels of that few, for they judge the rest)" in many
+    plain = _pool_choose._why_none(replace(found, images=50, labelled=False), "photos/")
+    assert "samples of 50 images of their own data)" in plain
+    assert _pool_choose._facts(replace(found, images=50), plain=True)["threshold_images"] == 10
+    assert _pool_choose.SAMPLED == _pool_select.SAMPLE

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from planted import features
-from pools import TINY, look, noise_images, pool_of
+from pools import TINY, anchor_of, look, noise_images, pool_of
 from taught import noise
 
 from learngene_hub import Descendant, Pool, Selection, _pool_features, factory
@@ -63,15 +63,17 @@ def test_it_takes_images_of_the_pools_size_where_none_is_asked(tmp_path: Path) -
     """What a descendant of the native depth sees in an image is then what the pool's keys are made of."""
     other = pool_of(tmp_path / "pool", image_size=32)
     assert TINY.image_size == 16
-    for selection in (None, {}):
-        model = Descendant.from_learngene(other, selection=selection, num_labels=2)
+    other.merge({}).save(tmp_path / "mixture.safetensors")
+    sources = [(other, None), (other, {}), (other.folder, None), (tmp_path / "mixture.safetensors", None)]
+    for source, selection in sources:
+        model = Descendant.from_learngene(source, selection=selection, num_labels=2)  # type: ignore[arg-type]
         assert model.config.pretrained_cfg["input_size"] == [3, 32, 32]
         task = look(1, 3, size=32)
         x = normalise(task.pixels, other.anchor.preprocessing)
         want = _pool_features.features(_pool_features.seeing(other.anchor, other.manifest.key), task, other.anchor)
         torch.testing.assert_close(features(model.timm_model, x), want, rtol=1e-4, atol=1e-5)
     asked = Descendant.from_learngene(other, selection={}, num_labels=2, image_size=16)
-    assert same(asked.timm_model, factory.expand(other.anchor, num_labels=2))
+    assert same(asked.timm_model, factory.expand(anchor_of(), num_labels=2))
     with pytest.raises(ShapeError, match="image_size 0"):
         Descendant.from_learngene(other, num_labels=2, image_size=0)
 

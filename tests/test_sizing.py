@@ -204,6 +204,11 @@ def test_an_explicit_size_beyond_the_budget_is_refused(pico_learngene: Learngene
     asked: dict[str, Any] = {"depth": 4, "width": 64}
     with pytest.raises(BudgetError, match="4x64 asked: .* parameters; at most 1,000 are allowed"):
         factory.plan(pico_learngene, max_params=1000, **asked)
+    for beyond in (1, count(pico(2, 64)) - 1):  # depth 1 would fit into the second, and is out of reach
+        with pytest.raises(BudgetError, match=f"at width 64 even depth 2 has {count(pico(2, 64)):,}"):
+            factory.plan(pico_learngene, max_params=beyond, **asked)
+    with pytest.raises(BudgetError, match="depth 2 would fit"):
+        factory.plan(pico_learngene, max_params=count(pico(2, 64)), **asked)
     with pytest.raises(BudgetError, match="4x64 asked: .* FLOPs; at most 1,000 FLOPs .*without depth or width"):
         factory.plan(pico_learngene, max_flops=1000, **asked)
     with pytest.raises(BudgetError, match="4x64 asked: .* bytes; at most 1,000 bytes"):

@@ -24,6 +24,7 @@ from learngene_hub.methods.gene_fl import BASIS, SCORE, SPREAD, GeneFl, assemble
 
 ROUNDS = "rounds.jsonl"
 CLUSTER_FILES = ("learngene.safetensors", "README.md")
+SOMEWHERE = "path/to"  # stands in a card, which may travel, for the folder of the run
 PLACES = ("out", "client_state")  # settings that are folders of one machine, which no file tells another
 SOURCES = ("data", "ancestor", "ancestor_weights")  # settings that may be a path: only its last part is told
 
@@ -97,7 +98,7 @@ def write_out(
     for number, learngene in enumerate(learngenes):
         path = learngene.save_pretrained(folder / f"cluster-{number}")
         card = card_text(
-            learngene, name=f"GENE-FL, cluster {number}", source=path.parent.name,
+            learngene, name=f"GENE-FL, cluster {number}", source=f"{SOMEWHERE}/{path.parent.name}",
             description=_description(learngene.provenance["federation"]["clients"]),
             nbytes=path.stat().st_size,
         )  # fmt: skip

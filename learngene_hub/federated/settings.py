@@ -46,7 +46,9 @@ class Federation:
 
     strategy: str = "gene-fl"  # what is sent, and what the run leaves
     rounds: int = 10  # of training and averaging; of fedavg-bytes as many as its bytes allow, at least one
-    seed: int = 0  # of the first model, which every client draws for itself, and of every other draw
+    seed: int = (
+        0  # of the first model, which every client draws for itself, and of every other draw; same seed, same run
+    )
     # Data, of a client.
     data: str = "signdigits"  # a sample, folder, parquet file or Hub data set; a SuperNode's own `data` goes before it
     split: str = "train"  # of the data
@@ -57,14 +59,14 @@ class Federation:
     labels_per_client: int = 2  # of the partition labels
     domain_column: str = "domain"  # of the partition domain
     held_out: float = 0.25  # share of a client's images that it tests on
-    # Model. 0: as the ancestor has it, or a small ViT's number.
+    # Model.
     family: str = "vit"  # vit, or vgg: VGG-11 with batch norm and a linear classifier
-    depth: int = 0  # blocks of the native network
+    depth: int = 0  # blocks of the native network; 0: as many as the ancestor has, or 6
     depths: str = ""  # blocks of client 0, 1, ... in turn, as "4,6"; empty: all native
-    width: int = 0  # numbers per token
-    heads: int = 0  # of each block
-    patch: int = 0  # pixels
-    image_size: int = 32  # pixels
+    width: int = 0  # numbers per token; 0: as many as the ancestor has, or 96
+    heads: int = 0  # of each block; 0: as wide as the ancestor's, or 3
+    patch: int = 0  # pixels, of a random ViT; 0: 8. An ancestor keeps its own
+    image_size: int = 32  # pixels, with an ancestor too; its patches must tile them
     ancestor: str = ""  # a learngene, or timm's name of a ViT; empty: random, from the seed
     ancestor_weights: str = ""  # a safetensors file, for a name of timm's
     # What is sent.
@@ -83,7 +85,7 @@ class Federation:
     min_per_class: int = (  # images that a class needs to show in the subspace; without one all images are one class,
         20  # and a client with fewer in all tells none and joins the cluster of most clients
     )
-    noise: float = 0.0  # deviation of normal noise on the basis before it is sent, times 1 / sqrt(D)
+    noise: float = 0.0  # deviation of normal noise on the basis before it is sent, times 1 / sqrt(D); 0: none
     distance: str = "mean"  # of the principal angles, degrees; or the smallest
     far: float = (
         0.0  # a newcomer farther than this many intra-cluster means takes the global gene; 0: never, 1.5: usual
@@ -92,9 +94,9 @@ class Federation:
     epochs: int = 3  # per round
     lr: float = 1e-3  # of AdamW, constant
     batch_size: int = 32  # images per update
-    weight_decay: float = 0.05  # of tensors of two and more dimensions
-    mu: float = 1e-2  # of the smoothing term, and of FedProx
-    nu: float = 1e-2  # of the term on parameters of high Fisher information
+    weight_decay: float = 0.05  # of tensors of two and more dimensions; 0: none
+    mu: float = 1e-2  # of the smoothing term, and of FedProx; 0: off
+    nu: float = 1e-2  # of the term on parameters of high Fisher information; 0: off
     fisher_images: int = 64  # at most, for Fisher information and sensitivity
     quantile: float = 0.8  # of the Fisher information, above which a parameter is held
     paper_mode: bool = False  # one lam for both terms, zeta 1, no weights
