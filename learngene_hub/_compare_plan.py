@@ -238,13 +238,12 @@ class Plan:
         return tuple(sorted(kept | {epochs}))
 
     def identity(self, start: Start, data: Data) -> str:
-        """A digest of all that decides a run of ``start`` on ``data`` beside its bytes, shape and seed."""
+        """A digest of all that decides a run of ``start`` on ``data`` beside its first weights and its seed."""
         facts = {
             "recipe": dataclasses.asdict(self.recipe_of(start, 0)),
             "head": self.head_of(start),
             "size": self.image_size,
             "images": [data.images, data.per_class, self.tested],
-            "settings": dict(start.settings),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 

@@ -40,6 +40,8 @@ class Row(Job):
     seconds: float  # of training alone
     wall_seconds: float  # of growing, training and testing
     digest: str  # sha256 of what it was grown from
+    begun: str  # digest of the weights that it began with, before its head was fitted
+    same_as: str  # the start whose run this is too: it began with the same weights; "" of a run of its own
     recipe: str  # identity of the recipe, the head and the data's size
     precision: str
     versions: str

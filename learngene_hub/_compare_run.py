@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,13 @@ from learngene_hub._compare_make import cost_of, digest_of, drawn, learngene_of
 from learngene_hub._compare_plan import Data, Plan, Start, parse_shape
 from learngene_hub._compare_row import Job, Row
 from learngene_hub._first_head import fit_head
+from learngene_hub._jobs import read_rows
 from learngene_hub._mimetic import write_mimetic
 from learngene_hub.data import Images, load_images
 from learngene_hub.errors import ShapeError
 from learngene_hub.factory import evaluate, expand, finetune
 from learngene_hub.shape import IMAGENET, Preprocessing, ViTShape, shape_of
+from learngene_hub.training import state_digest
 
 VERSIONS = ("learngene-hub", "torch", "timm")
 
@@ -32,8 +34,11 @@ def key_of(plan: Plan, job: Job) -> tuple[Job, str, str]:
     return job, plan.identity(plan.start(job.start), data), digest_of(plan, job)
 
 
-def measure(given: tuple[Job, str], plan: Plan) -> Row:
+def measure(given: tuple[Job, str], plan: Plan, out: Path) -> Row:
     """One run of one job on one device.
+
+    What another start began with to the last bit (net2net and the whole ancestor at the ancestor's own size, say) would
+    train to the same: where such a run is in ``out``, with the same data, seed and recipe, it is this one's as well.
 
     Raises:
         ShapeError: the start has no descendant of that shape.
@@ -43,7 +48,10 @@ def measure(given: tuple[Job, str], plan: Plan) -> Row:
     data = next(each for each in plan.data if each.name == job.data)
     train, test = _images(data, plan, "train"), _images(data, plan, "test")
     model, preprocessing, facts = _begun(job, plan, start, len(train.classes))
-    recipe = plan.recipe_of(start, job.seed)
+    recipe, begun = plan.recipe_of(start, job.seed), state_digest(model)[:16]
+    twin = _twin(out, begun, plan.identity(start, data), job)
+    if twin is not None:
+        return replace(twin, **asdict(job), **facts, digest=digest_of(plan, job), same_as=twin.same_as or twin.start)
     looked = fit_head(model, train, how=plan.head_of(start), preprocessing=preprocessing, device=device, seed=job.seed)
     tested = plan.epochs_tested(start, recipe.epochs)
     reached = {0: evaluate(model, test, preprocessing=preprocessing, device=device).accuracy}
@@ -71,11 +79,22 @@ def measure(given: tuple[Job, str], plan: Plan) -> Row:
         seconds=round(seconds, 2),
         wall_seconds=round(time.perf_counter() - began, 2),
         digest=digest_of(plan, job),
+        begun=begun,
+        same_as="",
         recipe=plan.identity(start, data),
         precision=recipe.precision,
         versions=" ".join(f"{name} {importlib.metadata.version(name)}" for name in VERSIONS),
         machine=machine(device),
     )
+
+
+def _twin(out: Path, begun: str, identity: str, job: Job) -> Row | None:
+    """A run in ``out`` that began with the same weights and went on in the same way."""
+    alike = (begun, identity, job.data, job.seed)
+    for row in read_rows(out, Row):
+        if (row.begun, row.recipe, row.data, row.seed) == alike:
+            return row
+    return None
 
 
 def _begun(job: Job, plan: Plan, start: Start, classes: int) -> tuple[nn.Module, Preprocessing, dict[str, Any]]:

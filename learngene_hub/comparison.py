@@ -82,7 +82,7 @@ def compare(plan: Plan, out: str | Path, *, workers: int = 1, devices: tuple[str
     known = {row.key for row in read_rows(out)}
     todo = [job for job in plan.jobs() if key_of(plan, job) not in known][rank::world]
     dealt = [(job, mine[count % len(mine)]) for count, job in enumerate(todo)]
-    for count, (job, row, error) in enumerate(_run(dealt, plan, workers), start=1):
+    for count, (job, row, error) in enumerate(_run(dealt, plan, Path(out), workers), start=1):
         if row is not None:
             _jobs.append_row(out, row)
         unreachable = isinstance(error, ShapeError)
@@ -90,9 +90,9 @@ def compare(plan: Plan, out: str | Path, *, workers: int = 1, devices: tuple[str
 
 
 def _run(
-    dealt: list[tuple[Job, str]], plan: Plan, workers: int
+    dealt: list[tuple[Job, str]], plan: Plan, out: Path, workers: int
 ) -> Iterator[tuple[Job, Row | None, BaseException | None]]:
-    for (job, _), row, error in _jobs.run_all(dealt, partial(measure, plan=plan), workers):
+    for (job, _), row, error in _jobs.run_all(dealt, partial(measure, plan=plan, out=out), workers):
         yield job, row, error
 
 

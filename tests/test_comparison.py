@@ -222,6 +222,17 @@ def test_a_run_is_the_plain_sequence_of_calls_and_is_not_made_twice(plan: Plan, 
     assert len(read_rows(out)) == 3
 
 
+def test_what_began_with_the_same_weights_is_not_trained_twice(plan: Plan, tmp_path: Path) -> None:
+    """A copy of the learngene under another name, with other facts in its file, is another start of the same runs."""
+    out, pico = tmp_path / "rows.csv", Learngene.load(tmp_path / "pico/learngene.safetensors")
+    dataclasses.replace(pico, provenance={"images_seen": 7}).save_pretrained(tmp_path / "copy")
+    both = dataclasses.replace(plan, starts=(plan.starts[0], Start.of(str(tmp_path / "copy"))), shapes=("2x64",))
+    first, second = (done.row for done in compare(both, out, workers=1))
+    assert first is not None and second is not None
+    assert (first.same_as, second.same_as) == ("", first.start) and second.accuracies == first.accuracies
+    assert second.extraction_images == 7 and second.digest != first.digest and second.wall_seconds == first.wall_seconds
+
+
 def test_each_process_of_a_launcher_takes_its_share(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
