@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,13 +156,14 @@ def _federated(read: Read) -> list[Line]:
 # The page -------------------------------------------------------------------------------------------------------------
 
 
-def page(read: Read, learned: Callable[[dict[str, Any]], str]) -> str:
-    """RESULTS.md; ``learned`` writes the part of the learned expansions."""
+def page(read: Read, learned: Callable[[dict[str, Any]], str], first: Sequence[str] = ()) -> str:
+    """RESULTS.md; ``learned`` writes the part of the learned expansions, ``first`` stands before all others."""
     parts = [
         "# Results",
         "Every table here is written by `make numbers` from the files under `results/`; [README.md](README.md) says "
         "how each was made. Accuracies are of test images, per cent, mean ± one deviation over seeds; differences are "
         "paired over seeds, ± one standard error.",
+        *first,
     ]
     for title, name, write in (
         ("Learned expansions", "learned", learned),
@@ -177,6 +178,26 @@ def page(read: Read, learned: Callable[[dict[str, Any]], str]) -> str:
         if (found := read(f"{name}.json")) is not None:
             parts += [f"## {title}", write(found), f"![{title}](results/{name}.png)", f"Every run: `{name}.csv`."]
     return "\n\n".join(parts) + "\n"
+
+
+def speedups_page(found: dict[str, Any]) -> str:
+    """Accuracy before training and after it with each speed-up, less the same start without any."""
+    rows = []
+    for start, facts in found["starts"].items():
+        plain = start.split("+")[0]
+        gap = found["differences"][start].get(plain) if start != plain else None
+        cells = [cell["starts"][start]["epochs"] for cell in found["cells"] if start in cell["starts"]]
+        course = [sum(cell[epoch] for cell in cells) / len(cells) for epoch in ("0", "1")]
+        told = "" if gap is None else f"{gap['mean']:+.1f} ± {gap['se']:.1f}"
+        behind = "" if gap is None else f"{gap['losses']} of {gap['cells']}"
+        rows.append([f"`{start}`", *(f"{value:.1f}" for value in course), f"{facts['accuracy']:.1f}", told, behind])
+    head = ["start", "before training", "after 1 epoch", "at the end", "less the plain one", "cells behind"]
+    sets = ", ".join(dict.fromkeys(cell["data"] for cell in found["cells"]))
+    shapes = ", ".join(dict.fromkeys(cell["shape"] for cell in found["cells"]))
+    return (
+        f"Mean over {sets} at {shapes}, one seed; settings: `speedups.yaml`.\n\n{table(head, rows)}\n\n"
+        "Every run: `speedups.csv`."
+    )
 
 
 def _parts_page(found: dict[str, Any]) -> str:

@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import _compare_plots
 import _pages
-import _parts_summary
-import _pool_summary
+import _zoo
+import yaml
 from _learned_summary import LEARNED, TUNED, as_card
 
 from learngene_hub import Learngene
@@ -23,17 +24,23 @@ from learngene_hub.registry import Registry
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
+ZOO_BEGIN, ZOO_END = "<!-- zoo -->", "<!-- /zoo -->"
 OTHERS = (
     "The other methods, from one DeiT-Tiny each (CNNs: from ancestors trained here): paired differences in points of "
     "test accuracy, ± one standard error. A minus is a loss, and there are many: with what two cores can train, the "
-    "ancestor's own blocks are hard to beat. Tables, costs and plots: [benchmarks/RESULTS.md](benchmarks/RESULTS.md)."
+    "ancestor's own blocks are hard to beat."
 )
+LEFT_OUT = {  # name -> how it was made, comparison of parts.json, its arm: made and measured, and not bundled
+    "cluster-deit-tiny": ("cluster", "cluster at 6x192", "cluster"),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cards", action="store_true", help="the cards only")
     only_cards = parser.parse_args(arguments).cards
+    if read("compare.json") is not None:
+        order_registry()
     for name, text in cards().items():
         (ROOT / "model_cards" / name / "README.md").write_text(text, encoding="utf-8")
     if not only_cards:
@@ -43,35 +50,79 @@ def main(arguments: list[str] | None = None) -> None:
 
 def write_readme() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, after = readme.split(BEGIN)[0], readme.split(END)[1]
-    (ROOT / "README.md").write_text(f"{before}{BEGIN}\n{readme_part()}\n{END}{after}", encoding="utf-8")
+    for begin, end, part in ((BEGIN, END, readme_part()), (ZOO_BEGIN, ZOO_END, zoo_part())):
+        before, after = readme.split(begin)[0], readme.split(end)[1]
+        readme = f"{before}{begin}\n{part}\n{end}{after}"
+    (ROOT / "README.md").write_text(readme, encoding="utf-8")
+
+
+def order_registry() -> None:
+    """The rows of registry.yaml, the most useful first; what was not compared last."""
+    path, compared = ROOT / "registry.yaml", read("compare.json")
+    ranks = {verdict.name: rank for rank, verdict in enumerate(_zoo.verdicts(compared, read("few.json")))}
+    rows = yaml.safe_load(path.read_text(encoding="utf-8"))
+    rows.sort(key=lambda row: ranks.get(row["name"], len(ranks)))
+    path.write_text(yaml.safe_dump(rows, sort_keys=False, width=120, allow_unicode=True), encoding="utf-8")
 
 
 def cards() -> dict[str, str]:
     """Name -> card of every bundled learngene."""
-    results, made = measured(), {}
+    made, compared = {}, read("compare.json")
+    plan = yaml.safe_load((ROOT / "benchmarks" / "compare.yaml").read_text(encoding="utf-8"))
     for name, entry in Registry.load(ROOT / "registry.yaml").entries.items():
         learngene = Learngene.load(ROOT / entry.uri / "learngene.safetensors")
+        found = None if compared is None else _zoo.as_card(compared, name, plan)
         made[name] = card_text(
             learngene,
             name=name,
             source=name,
             description=entry.description,
             nbytes=entry.bytes,
-            results=next((found for found in results if measured_with(found, entry.sha256)), None),
+            results=found if measured_with(found, entry.sha256) else None,
         )
     return made
 
 
-def measured() -> list[dict[str, Any]]:
-    """The results of each comparison in the form that cards take."""
-    transfer, learned, parts, pool = map(read, ("transfer.json", "learned.json", "parts.json", "pool_small.json"))
-    found = [transfer] if transfer is not None else []
-    found += [as_card(learned)] if learned is not None else []
-    if parts is not None:
-        methods = {part["method"] for part in parts["tables"].values()}
-        found += [_parts_summary.as_card(parts, method) for method in sorted(methods)]
-    return found + ([_pool_summary.as_card(pool)] if pool is not None else [])
+def zoo_part() -> str:
+    """What README.md says of the bundled learngenes."""
+    compared, few, parts = read("compare.json"), read("few.json"), read("parts.json")
+    found = {verdict.name: verdict for verdict in _zoo.verdicts(compared, few)}
+    base, rows = _zoo.best_rival(compared), []
+    for name, entry in Registry.load(ROOT / "registry.yaml").entries.items():
+        learngene, verdict = Learngene.load(ROOT / entry.uri / "learngene.safetensors"), found[name]
+        rival = f"{_zoo.points(verdict.rival_gap)} (`{verdict.rival}`)" if verdict.rival else ""
+        rows.append(
+            [f"[`{name}`]({entry.card})", entry.method, f"{entry.bytes / 1e6:.1f}", str(learngene.reach)]
+            + [_zoo.points(verdict.gap), rival, ", ".join(verdict.axes), entry.description]
+        )
+    head = ["name", "method", "MB", "grows to", f"less {base}", "less what stores no more", "ahead in", "what it is"]
+    told = [
+        "The most useful first, as `learngene list` has them: points of test accuracy, in the comparison above, "
+        f"less `{base}`, the best start that needs no training and stores 11.1 MB, and less the best such start that stores "
+        "no more bytes than the learngene. One that is ahead in neither, and not on few images per class, by more than "
+        "the standard error, is not bundled.",
+        table(head, rows),
+        "Made, measured and left out: " + "; ".join(_left_out(parts)) + ".",
+    ]
+    return "\n\n".join(told)
+
+
+def _left_out(parts: Any) -> list[str]:
+    """A line for each learngene that is not bundled."""
+    lines = []
+    for name, (method, title, arm) in LEFT_OUT.items():
+        gap = parts["tables"][title]["differences"][arm]["net2net"]["overall"]["4"]
+        lines.append(
+            f"`{name}` (`{method}`), {gap['mean']:+.1f} ± {gap['se']:.1f} points less `net2net` at 6x192 "
+            "([RESULTS.md](benchmarks/RESULTS.md))"
+        )
+    pool = read("pool_small.json")
+    if pool is not None:
+        lines.append(
+            "`pool-deit-tiny` (`sn-net`), six fixed networks of two small ViTs that were cut out of DeiT-Tiny: it grows "
+            "none of the shapes of the comparison"
+        )
+    return lines
 
 
 def read(name: str) -> Any:
@@ -82,20 +133,51 @@ def read(name: str) -> Any:
 
 def results_page() -> str:
     """The text of benchmarks/RESULTS.md."""
-    return _pages.page(read, _learned)
+    transfer, lines = read("transfer.json"), _pages.brief(read)
+    first = [] if transfer is None else ["## lsamd-base on data that it never saw", _transfer(transfer)]
+    first += ["## Every method, in one table", OTHERS, lines] if lines else []
+    if (speedups := read("speedups.json")) is not None:
+        first += ["## Learning speed-ups", _pages.speedups_page(speedups)]
+    return _pages.page(read, _learned, first)
 
 
 def readme_part() -> str:
     """What README.md says of the measurements."""
-    parts = ["## What was measured"]
-    transfer = read("transfer.json")
-    if any(measured_with(transfer, entry.sha256) for entry in Registry.load(ROOT / "registry.yaml").entries.values()):
-        parts.append(_transfer(transfer))
-    if rows := _pages.brief(read):
-        parts += [OTHERS, rows]
+    parts, compared = ["## What was measured"], read("compare.json")
+    if compared is not None:
+        parts.append(_compared(compared))
     if rows := _speed():
         parts.append("On a shared machine, so only ratios mean much:\n\n" + table(["what", "measured", "goal"], rows))
     return "\n\n".join(parts)
+
+
+def _compared(compared: dict[str, Any]) -> str:
+    """The comparison of record."""
+    plan = yaml.safe_load((ROOT / "benchmarks" / "compare.yaml").read_text(encoding="utf-8"))
+    shapes, sets = ", ".join(plan["shapes"]), ", ".join(plan["data"])
+    stored = _compare_plots.storage(compared)
+    there = [arm for arm in _zoo.MEANINGS if arm in compared["starts"]]
+    return "\n\n".join(
+        [
+            f"One recipe for all: {plan['images']} images of each of {sets}, {plan['image_size']} px, shapes {shapes}, "
+            f"{plan['recipe']['epochs']} epochs (`random` and `mimetic`: {plan['fresh']['epochs']}), a head from class "
+            "means, layer-wise rates. Test accuracy in per cent, the mean over shapes and data sets; differences are "
+            "paired over cells (a shape on a data set) and seeds, ± the standard error over cells, with the p of a "
+            "sign-flip test. `lsamd-base` was made from five other data sets and pacs; no other saw pacs.",
+            _zoo.as_table(compared),
+            "\n".join(f"- `{arm}`: {_zoo.MEANINGS[arm]}." for arm in there),
+            "\n".join(f"- {line}" for line in _zoo.goals(compared)),
+            f"Stored: {len(stored['sizes'])} sizes ({stored['sizes'][0]} to {stored['sizes'][-1]}) are "
+            f"{sum(stored['checkpoints']) / 1e6:.0f} MB as checkpoints in float16, and "
+            f"{stored['learngene'] / 1e6:.1f} MB as `lsamd-base`: {stored['ratio']:.1f} times less.",
+            "![Accuracy against parameters](benchmarks/results/compare_params.png)",
+            "[Accuracy against epochs](benchmarks/results/compare_epochs.png), [against training images per "
+            "class](benchmarks/results/few.png), [bytes against the number of "
+            "sizes](benchmarks/results/compare_bytes.png); every run: "
+            "[compare.csv](benchmarks/results/compare.csv). `learngene compare` makes such a comparison of your own; "
+            "[RESULTS.md](benchmarks/RESULTS.md) has all others that were made here, with what lost.",
+        ]
+    )
 
 
 def _transfer(results: dict[str, Any]) -> str:
@@ -113,8 +195,8 @@ def _transfer(results: dict[str, Any]) -> str:
         "spaced ones.",
         table(["shape", *arms], rows),
         comparison(results),
-        "![Accuracy per shape and data set](benchmarks/results/transfer.png)",
-        "Every run: [benchmarks/results/transfer.csv](benchmarks/results/transfer.csv).",
+        "![Accuracy per shape and data set](results/transfer.png)",
+        "Every run: `transfer.csv`.",
     ]
     return "\n\n".join(parts)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from learngene_hub import _ancestors
-from learngene_hub._compare_plan import Plan, Start, parse_shape
+from learngene_hub._compare_plan import TAUGHT, Plan, Start, parse_shape
 from learngene_hub._compare_row import Job
 from learngene_hub.data import Augment, Images, load_images
 from learngene_hub.descendant import Descendant
@@ -32,7 +32,8 @@ from learngene_hub.shape import Preprocessing, ViTShape
 from learngene_hub.teacher import Answers, Teacher
 from learngene_hub.training import Batches, Recipe, distillation_loss, fit, image_batches, logits_of
 
-DISTILLED = Recipe(lr=1e-3, batch_size=64, schedule="cosine", warmup=0.1, augment=Augment(flip=True, crop_padding=6))
+RATES = {"distilled": 1e-3, "adapted": 2e-4}  # peaks, of what begins at random and of the ancestor
+DISTILLED = Recipe(batch_size=64, schedule="cosine", warmup=0.1, augment=Augment(flip=True, crop_padding=6))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ def make(making: Making, plan: Plan, device: str) -> str:
         whole = extract("net2net", model, {}, facts=facts, preprocessing=preprocessing)
         model = expand(whole, depth=start.blocks).eval()
     data = {name: load_images(source, size=plan.image_size, limit=start.limit) for name, source in start.data.items()}
-    if start.kind == "distilled":
+    if start.kind in TAUGHT:
         found = _distilled(making, plan, model, data, preprocessing, facts, device)
     else:
         settings = dict(start.settings)
@@ -151,7 +152,7 @@ def cost_of(learngene: Learngene, start: Start) -> dict[str, float]:
     }
 
 
-# The rival that is distilled ------------------------------------------------------------------------------------------
+# The rivals that the ancestor teaches ---------------------------------------------------------------------------------
 
 
 def _distilled(
@@ -163,7 +164,8 @@ def _distilled(
     facts: dict[str, str],
     device: str,
 ) -> Learngene:
-    """A random ViT of one shape that has learned what the ancestor says of ``data``, as a learngene of net2net.
+    """A random ViT of one shape, or the ancestor itself at the plan's image size, that has learned what the ancestor
+    says of ``data``, as a learngene of net2net.
 
     It may compute start.flops / start.sizes: its part of the teacher's forwards, made once for all sizes, and its own
     training.
@@ -173,14 +175,12 @@ def _distilled(
     teacher = Teacher(ancestor.to(device), preprocessing, cache=Path(plan.work) / "said")
     answers = Answers(teacher, data, size=start.teacher_size, preprocessing=preprocessing, role="ancestor")
     said_NC, teacher_flops = answers.of_all(), answers.flops * len(images) / start.sizes
-    depth, width = parse_shape(making.shape)
-    heads = width // native.head_dim
-    shape = replace(native, depth=depth, width=width, heads=heads, image_size=plan.image_size)
-    model = drawn(shape, making.seed)
+    model = _pupil(making, plan, ancestor, native)
+    shape = ViTShape.of(model)
     updates = int((start.flops / start.sizes - teacher_flops) / (3 * shape.flops() * DISTILLED.batch_size))
     if updates < 1:
         raise DataError(f"start {start.name}: {start.flops:.3g} FLOPs for {start.sizes} sizes leave none to learn with")
-    recipe = replace(DISTILLED, epochs=1, seed=making.seed)
+    recipe = replace(DISTILLED, epochs=1, seed=making.seed, lr=RATES[start.kind])
     batches = _numbered(images, recipe, preprocessing)
 
     def loss(student: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -194,6 +194,19 @@ def _distilled(
     made = {"data": {name: len(each) for name, each in data.items()}, "steps": updates, "images_seen": seen}
     made |= {"flops": seen * shape.flops(), "teacher_flops": int(teacher_flops)}
     return replace(learngene, provenance={**made, "seconds": round(time.perf_counter() - began, 3)})
+
+
+def _pupil(making: Making, plan: Plan, ancestor: nn.Module, native: ViTShape) -> Any:
+    """What the ancestor teaches, with its classifier's outputs."""
+    if making.start.kind == "distilled":
+        depth, width = parse_shape(making.shape)
+        heads = width // native.head_dim
+        return drawn(replace(native, depth=depth, width=width, heads=heads, image_size=plan.image_size), making.seed)
+    whole = extract("net2net", ancestor, {}, facts={})
+    model: Any = expand(whole, num_labels=native.classes, image_size=plan.image_size)
+    with torch.no_grad():
+        model.head.load_state_dict(ancestor.head.state_dict())  # type: ignore[union-attr]  # timm's
+    return model
 
 
 def _numbered(images: Images, recipe: Recipe, preprocessing: Preprocessing) -> Batches:

@@ -18,7 +18,9 @@ A start's name says what it is, unless its facts do:
                 which with ``blocks`` so many, evenly spaced, are kept first
     baseline    "random" (timm's own), "mimetic" (``_mimetic.py``); "even", "first": net2net of evenly spaced, of the
                 first blocks; "full": the ancestor at its own shape, whatever shapes are asked; "distilled": a random
-                ViT of each shape that learns what the ancestor says of ``data``, at ``flops`` / ``sizes`` each
+                ViT of each shape that learns what the ancestor says of ``data``, at ``flops`` / ``sizes`` each;
+                "adapted": the ancestor, learning at the plan's image size what it said of ``data`` at teacher_size,
+                at ``flops`` / ``sizes`` once, then net2net
     recipe, head  of this start alone, over the plan's
     extraction_flops  of a learngene whose file does not say
 """
@@ -40,8 +42,9 @@ from learngene_hub.errors import SettingsError
 from learngene_hub.methods import METHODS
 from learngene_hub.training import Recipe
 
-BASELINES = ("random", "mimetic", "even", "first", "full", "distilled")
+BASELINES = ("random", "mimetic", "even", "first", "full", "distilled", "adapted")
 FRESH = ("random", "mimetic")  # inherit nothing
+TAUGHT = ("distilled", "adapted")  # by the ancestor
 RECIPE = {"epochs": 3, "lr": 3e-4, "batch_size": 32, "schedule": "constant"}
 FRESH_RECIPE = {"epochs": 20, "lr": 1e-3, "schedule": "cosine", "warmup": 0.1}
 FACTS = (
@@ -74,7 +77,7 @@ class Start:
     blocks: int | None = None  # the ancestor is cut to so many, evenly spaced, before a method gets it
     recipe: Mapping[str, Any] = field(default_factory=dict)
     head: str | None = None
-    flops: float = 0.0  # of "distilled": training FLOPs of all its sizes together
+    flops: float = 0.0  # of what the ancestor teaches: training FLOPs of all sizes together
     sizes: int = 1
     teacher_size: int = 0  # pixels at which its teacher sees images; 0: its own size
     extraction_flops: float | None = None
@@ -108,9 +111,9 @@ class Start:
             kind, source, facts["settings"] = "method", "net2net", {"select": kind}
         facts["data"] = named_sources(facts.get("data") or {})
         start = cls(name=name, kind=kind, source=str(source), **facts)
-        if kind == "distilled" and not (start.data and start.flops > 0 and start.sizes >= 1):
+        if kind in TAUGHT and not (start.data and start.flops > 0 and start.sizes >= 1):
             raise SettingsError(
-                f"start {name} needs data (what it is distilled with), flops (of all sizes) and sizes (how many)"
+                f"start {name} needs data (what it learns from), flops (of all sizes) and sizes (how many)"
             )
         if start.head not in (None, *HEADS):
             raise SettingsError(f"start {name}: head {start.head!r} asked; there are {', '.join(HEADS)}")
@@ -207,7 +210,7 @@ class Plan:
             raise SettingsError(f"head {self.head!r} asked; there are {', '.join(HEADS)}")
         for start in self.starts:
             self.recipe_of(start, 0)
-        needing = [each.name for each in self.starts if each.kind in ("method", "full", "distilled")]
+        needing = [each.name for each in self.starts if each.kind in ("method", "full", *TAUGHT)]
         if needing and not self.ancestor:
             raise SettingsError(f"start {needing[0]} is made from an ancestor; --ancestor NAME names one")
 

@@ -26,8 +26,9 @@ Row = dict[str, Any]
 
 
 class Sort(StrEnum):
-    """The order of a list: names and bytes least first, the others most or newest first."""
+    """The order of a list: names and bytes least first, the others most or newest first; useful is the registry's."""
 
+    BY_USE = "useful"
     BY_NAME = "name"
     BY_BYTES = "bytes"
     BY_DOWNLOADS = "downloads"
@@ -65,13 +66,16 @@ def list_(
     ] = None,
     sort: Annotated[
         Sort | None,
-        typer.Option("--sort", help="downloads, likes, updated need --remote. Default: name; --remote: downloads."),
+        typer.Option("--sort", help="downloads, likes, updated need --remote. Default: useful; --remote: downloads."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help=f"At most so many. Default: all; --remote: {REMOTE_LIMIT}.")
     ] = None,
 ) -> None:
     """The learngenes there are, and what each grows to.
+
+    Those of your own registry first, in its order; then the bundled ones, the most useful first: by how far their
+    descendants are ahead of the best start that needs no training, in the comparison that README.md shows.
 
     \b
     learngene list
@@ -80,18 +84,21 @@ def list_(
     learngene list --remote --author some-org -q
     """
     if remote:
+        if sort is Sort.BY_USE:
+            raise typer.BadParameter("the Hub knows no useful; downloads, likes or updated", param_hint="--sort")
         _list_remote(out, search, method, author, max_bytes, sort or Sort.BY_DOWNLOADS, limit or REMOTE_LIMIT)
         return
     if author is not None:
         raise typer.BadParameter("a registry knows no authors; add --remote", param_hint="--author")
-    if sort not in (None, Sort.BY_NAME, Sort.BY_BYTES):
-        raise typer.BadParameter(f"a registry knows no {sort}; name, bytes, or --remote", param_hint="--sort")
+    if sort not in (None, Sort.BY_USE, Sort.BY_NAME, Sort.BY_BYTES):
+        raise typer.BadParameter(f"a registry knows no {sort}; useful, name, bytes, or --remote", param_hint="--sort")
     from learngene_hub.hub import list_learngenes
 
     rows = [_row(out, entry) for entry in list_learngenes()]
     layered = any(row["origin"] != "built-in" for row in rows)
     kept = [row for row in rows if _fits(row, search, method, max_bytes)]
-    kept.sort(key=lambda row: (row["bytes"] if sort is Sort.BY_BYTES else 0, row["name"]))
+    if sort in (Sort.BY_NAME, Sort.BY_BYTES):
+        kept.sort(key=lambda row: (row["bytes"] if sort is Sort.BY_BYTES else 0, row["name"]))
     columns = ["name", *_kinds(kept), "method", "ancestor", "reach", "bytes", "license"]
     out.rows(kept[:limit], key="name", columns=[*columns, *(["origin"] if layered else []), "description"])
     if limit is not None and len(kept) > limit:

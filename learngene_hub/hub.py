@@ -219,13 +219,12 @@ def known() -> Registry:
 
 
 def list_learngenes() -> list[Entry]:
-    """The entries of the registry, by name.
+    """The entries of the registry, in its order: one's own first, the bundled ones by usefulness (README.md).
 
     Raises:
         RegistryError, StoreError: the registry cannot be read.
     """
-    entries = known().entries
-    return [entries[name] for name in sorted(entries)]
+    return sorted(known().entries.values(), key=lambda entry: entry.origin == registry.BUILT_IN)
 
 
 def _resolve(name_or_path_or_uri: str | os.PathLike[str], revision: str | None) -> _Place:
