@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -40,6 +39,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from learngene_hub._compare_run import machine as machine
 from learngene_hub.data import Images, load_images
 from learngene_hub.factory import evaluate, expand, finetune
 from learngene_hub.learngene import Learngene
@@ -385,20 +385,3 @@ def numerics(precision: str, device: str) -> str:
     for tensor in model.state_dict().values():
         found.update(tensor.cpu().numpy().tobytes())
     return found.hexdigest()[:12]
-
-
-def machine(device: str) -> str:
-    """What ran, in words: the GPU's name, or the processor's and the threads used."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    return f"{processor()}, {torch.get_num_threads()} thread(s)"
-
-
-def processor() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

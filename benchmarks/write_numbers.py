@@ -98,8 +98,8 @@ def zoo_part() -> str:
     head = ["name", "method", "MB", "grows to", f"less {base}", "less what stores no more", "ahead in", "what it is"]
     told = [
         "The most useful first, as `learngene list` has them: points of test accuracy, in the comparison above, "
-        f"less `{base}`, the best start that needs no training and stores 11.1 MB, and less the best such start that stores "
-        "no more bytes than the learngene. One that is ahead in neither, and not on few images per class, by more than "
+        f"less `{base}`, the best start that needs no training and stores 11.1 MB, and less the best such start that "
+        "stores no more bytes than the learngene. One that is ahead in neither, and not on few images per class, by more than "
         "the standard error, is not bundled.",
         table(head, rows),
         "Made, measured and left out: " + "; ".join(_left_out(parts)) + ".",
@@ -119,8 +119,8 @@ def _left_out(parts: Any) -> list[str]:
     pool = read("pool_small.json")
     if pool is not None:
         lines.append(
-            "`pool-deit-tiny` (`sn-net`), six fixed networks of two small ViTs that were cut out of DeiT-Tiny: it grows "
-            "none of the shapes of the comparison"
+            "`pool-deit-tiny` (`sn-net`), six fixed networks of two small ViTs that were cut out of DeiT-Tiny: it "
+            "grows none of the shapes of the comparison"
         )
     return lines
 
