@@ -99,8 +99,8 @@ def zoo_part() -> str:
     told = [
         "The most useful first, as `learngene list` has them: points of test accuracy, in the comparison above, "
         f"less `{base}`, the best start that needs no training and stores 11.1 MB, and less the best such start that "
-        "stores no more bytes than the learngene. One that is ahead in neither, and not on few images per class, by more than "
-        "the standard error, is not bundled.",
+        "stores no more bytes than the learngene. One that is ahead in neither, and not on few images per class, by "
+        "more than the standard error, is not bundled.",
         table(head, rows),
         "Made, measured and left out: " + "; ".join(_left_out(parts)) + ".",
     ]
