@@ -35,6 +35,8 @@ from learngene_hub.training import Batches, Recipe, distillation_loss, fit, imag
 RATES = {"distilled": 1e-3, "adapted": 2e-4}  # peaks, of what begins at random and of the ancestor
 DISTILLED = Recipe(batch_size=64, schedule="cosine", warmup=0.1, augment=Augment(flip=True, crop_padding=6))
 
+COSMETIC = ("name", "recipe", "head", "extraction_flops")  # of a start: nothing that its learngene is made of
+
 
 @dataclass(frozen=True, eq=False)
 class Making:
@@ -46,13 +48,9 @@ class Making:
 
     def path(self, plan: Plan) -> Path:
         """Where it lies once it is made."""
-        said: dict[str, Any] = asdict(self) | {
-            "ancestor": plan.ancestor,
-            "weights": plan.ancestor_weights,
-            "size": plan.image_size,
-        }
-        for cosmetic in ("name", "recipe", "head", "extraction_flops"):
-            said["start"] = {key: value for key, value in said["start"].items() if key != cosmetic}
+        made_of = {key: value for key, value in asdict(self.start).items() if key not in COSMETIC and value}
+        said = {"start": made_of, "shape": self.shape, "seed": self.seed}
+        said |= {"ancestor": plan.ancestor, "weights": plan.ancestor_weights, "size": plan.image_size}
         digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:12]
         safe = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in self.start.name)
         return Path(plan.work) / f"{safe}{'-' if self.shape else ''}{self.shape}-{digest}.safetensors"
