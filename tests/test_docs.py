@@ -25,6 +25,19 @@ ANCESTOR = "timm/deit_tiny_patch16_224.fb_in1k"
 INSTEAD = [
     ("training.md", r"--multi_gpu --num_processes 2", "--cpu"),  # the tests have no two GPUs
     ("training.md", r"--workers 2", "--workers 0"),
+    # README.md's numbers are those of work, not of an example
+    ("README.md", r"( --data signdigits)", r"\1 --limit 32"),
+    ("README.md", r"(learngene finetune .*)", r"\1 --epochs 1"),
+    ("README.md", r"size=64\) for split", "size=64, limit=32) for split"),
+    ("README.md", r"epochs=3", "epochs=1"),
+    ("README.md", r"max_latency_ms=20", "max_params=1e7"),  # it measures for up to a minute
+    ("README.md", r"--epochs 30", "--epochs 1"),
+    ("README.md", r"ANCESTOR --teacher \S+", f"{ANCESTOR} --teacher {ANCESTOR} --set epochs=1 --set depth=4"),
+    # its blocks are not one story: what a line reads or writes under a name that an earlier line used otherwise
+    ("README.md", r"mine-ldr grown", "ldr-cifar100 grown-9"),
+    ("README.md", r"mine-ldr(.*) --out trained( .*|$)", r"ldr-cifar100\1 --out trained-12\2"),
+    ("README.md", r"push mine", "push lsamd-base"),
+    ("README.md", r"org/mine@v1.0 --to mine", "org/name@v1.0 --to pulled"),
 ]
 
 
@@ -49,9 +62,17 @@ def fill(hub: Hub, folder: Path) -> None:
     hub.repo("org/name").tag("v1.0")
 
 
+@pytest.fixture
+def reader(served: tuple[Hub, Shells]) -> Shells:
+    """Shells with a home and a Hub of their own; what another page pushed there is gone."""
+    hub, made = served
+    for name in hub.repos.keys() - {ANCESTOR, "org/name"}:
+        del hub.repos[name]
+    return made
+
+
 @pytest.fixture(scope="module")
-def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shells]:
-    """Shells with a home and a Hub of their own."""
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Shells]]:
     home = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch, serve() as hub:
         patch.setitem(ACCOUNTS, TOKEN, Account("author", ("org",)))
@@ -60,7 +81,7 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shells]:
         kept = {k: v for k, v in hub.environment(home / "hf").items() if not k.startswith(("LEARNGENE", "XDG"))}
         photos(home / "photos")
         with shells({**kept, **own}) as made:
-            yield made
+            yield hub, made
 
 
 def run(page: Path, reader: Shells, folder: Path, kinds: tuple[str, ...], **more: str) -> None:
@@ -72,12 +93,30 @@ def run(page: Path, reader: Shells, folder: Path, kinds: tuple[str, ...], **more
             shell.run(block, replaced(block))
 
 
+def test_every_block_of_the_readme_runs(reader: Shells, tmp_path: Path) -> None:
+    """But those of `make`, and the indented ones of `learngene federate`, which test_federate_cli.py has."""
+    shell = reader.at(tmp_path)
+    for name in ("photos", "maps", "few"):
+        shutil.copytree(Path(shell.environment["HOME"]) / "photos", shell.folder / name)
+    (shell.folder / "ours").mkdir()
+    Descendant.from_learngene("lsamd-base", num_labels=3, image_size=64).save_pretrained(shell.folder / "finetuned")
+    for block in blocks_of(ROOT / "README.md"):
+        if not block.kind:
+            shell.run(block, replaced(block))
+
+
 def replaced(block: Block) -> str:
     """The text of a block that is run."""
     text = block.text
     for page, told, instead in INSTEAD:
-        text = re.sub(told, instead, text) if page == block.page else text
+        text = re.sub(told, instead, text, flags=re.MULTILINE) if page == block.page else text
     return text
+
+
+def test_nothing_is_replaced_that_no_page_says() -> None:
+    for page, told, _ in INSTEAD:
+        path = ROOT / page if page == "README.md" else ROOT / "docs" / page
+        assert any(re.search(told, block.text, re.MULTILINE) for block in blocks_of(path)), told
 
 
 def having(kind: str) -> list[Path]:
