@@ -20,12 +20,11 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-HEAVY = (
-    "accelerate", "learngene_hub.cli", "learngene_hub.descendant", "learngene_hub.pool", "numpy", "PIL.Image", "pyarrow.parquet", "pytest", "rich.table", "safetensors.torch", "timm",
-    "timm.models.vision_transformer", "torch", "torch._dynamo", "torchvision.transforms.v2", "transformers.trainer",
-    "transformers.models.timm_wrapper.modeling_timm_wrapper", "typer.testing", "yaml",
-)  # fmt: skip
-
+HEAVY = """
+accelerate learngene_hub.cli learngene_hub.descendant learngene_hub.pool numpy PIL.Image pyarrow.parquet pytest
+rich.table safetensors.torch timm timm.models.vision_transformer torch torch._dynamo torchvision.transforms.v2
+transformers.trainer transformers.models.timm_wrapper.modeling_timm_wrapper typer.testing yaml
+"""
 CLIENTS = ("HF_ENDPOINT", "HF_HOME", "HF_HUB_OFFLINE", "HF_TOKEN")
 
 
@@ -75,6 +74,8 @@ def answer(client: socket.socket) -> None:
             stream.flush()
         except OSError:
             pass
+        f"{sum(os.times()[:2]):.2f} {sum(os.times()[2:4]):.2f} {asked['argv'][:4]}\n"
+    )
     client.sendall(bytes([status]))
     os._exit(status)
 
@@ -133,7 +134,7 @@ def stay_here() -> None:
 
 
 if __name__ == "__main__":
-    for name in HEAVY:
+    for name in HEAVY.split():
         importlib.import_module(name)
     import conftest  # noqa: F401  # for stay_here, while this folder is on the path
 
