@@ -35,10 +35,12 @@ def place(asked: torch.device | str | None) -> tuple[int, int, torch.device]:
         raise SettingsError(f"no device is called {asked!r}; 'cpu', 'cuda' and 'cuda:0' are examples") from error
     if device is not None and device.type == "cuda" and not torch.cuda.is_available():
         raise SettingsError(f"device {str(device)!r} is asked for, but torch sees no GPU; device='cpu' works")
-    if device is None or process()[1] > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    several = process()[1] > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if device is None or several:
         from accelerate import PartialState
 
-        found = PartialState(cpu=device is not None and device.type == "cpu").device or torch.device("cpu")
+        on_cpu = several and not torch.accelerator.is_available() if device is None else device.type == "cpu"
+        found = PartialState(cpu=on_cpu).device or torch.device("cpu")  # else no processes are joined without a GPU
         device = found if device is None or device.type == found.type else device
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shlex
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from learngene_hub.descendant import Descendant
     from learngene_hub.learngene import Learngene
     from learngene_hub.shape import Preprocessing, Shape
-    from learngene_hub.training import Recipe
+    from learngene_hub.training import Recipe, Step
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder that expand or finetune wrote.")]
 
@@ -126,7 +127,7 @@ def finetune(
     learngene finetune grown --data signdigits --out trained --resume
     learngene finetune my-ldr --depth 12 --set components=4 --constrained --data photos/ --out trained
     """
-    from learngene_hub.training import Recipe
+    from learngene_hub.training import Recipe, process
 
     recipe = Recipe(
         epochs=epochs, lr=lr, batch_size=batch_size, precision=precision, compile=compile, seed=seed,
@@ -161,7 +162,10 @@ def finetune(
         )
         if learngene:
             grown.timm_model.load_state_dict(tuned.materialise().state_dict())  # type: ignore[operator]
-        grown.save_pretrained(folder)
+        first = process()[0] == 0  # of several processes of a launcher one tells and writes
+        grown.save_pretrained(folder, is_main_process=first)
+    if not first:
+        return
     shutil.rmtree(state, ignore_errors=True)
     facts: dict[str, Any] = {"path": str(folder), "model": model, "data": data, "images": len(images[0])}
     _tell_tuned(out, facts | _sizes(grown, tuned) | {"epochs": history}, test_split, time.perf_counter() - began)
@@ -247,7 +251,7 @@ def _trained(
 ) -> dict[str, dict[str, float]]:
     """Trains on the first images; the loss after each epoch, and the accuracy on the second images if there are any."""
     from learngene_hub import factory
-    from learngene_hub.training import StateDir, log_steps, show_progress
+    from learngene_hub.training import StateDir, process
 
     identity = {"weights at the start": factory.state_digest(model)}
     steps = factory.finetune(
@@ -259,8 +263,8 @@ def _trained(
         device=device,
     )
     history: dict[str, dict[str, float]] = {}
-    for step in log_steps(show_progress(steps), log) if log else show_progress(steps):
-        if step.epoch_done:
+    for step in _followed(steps, log):
+        if step.epoch_done and process()[0] == 0:
             reached = history[str(step.epoch + 1)] = {"loss": step.loss}
             if len(images) > 1:
                 found = factory.evaluate(model, images[1], preprocessing=preprocessing)
@@ -268,6 +272,17 @@ def _trained(
             told = ", ".join(f"{key} {text(key, value)}" for key, value in reached.items())
             out.note(f"epoch {step.epoch + 1} of {recipe.epochs}: {told}")
     return history
+
+
+def _followed(steps: Iterator[Step], log: Path | None) -> Iterator[Step]:
+    """The steps under a progress bar and with a log; of several processes in the first alone."""
+    from learngene_hub.training import log_steps, process, show_progress
+
+    begun = [step for step in [next(steps, None)] if step]  # the first update joins the processes of a launcher
+    every = chain(begun, steps)
+    if process()[0] > 0:
+        return every
+    return log_steps(show_progress(every), log) if log else show_progress(every)
 
 
 def _model_and_images(

@@ -29,7 +29,7 @@ from learngene_hub._check import is_number
 from learngene_hub._fit import PRECISIONS, Run
 from learngene_hub._fit import learning as learning
 from learngene_hub._fit import plain_attention as plain_attention
-from learngene_hub._processes import process
+from learngene_hub._processes import process as process
 from learngene_hub._state import StateDir as StateDir
 from learngene_hub._state import Stateful as Stateful
 from learngene_hub._state import images_digest as images_digest

@@ -603,7 +603,7 @@ pixels, labels = torch.load(sys.argv[1] + "/images.pt", weights_only=True)
 recipe, model = Recipe(epochs=2, batch_size=16, accumulate=2), plain()
 batches, n = image_batches(Images(pixels, labels, tuple("abcd"), "made"), recipe, IMAGENET)
 loss = classification_loss(recipe)
-steps = list(fit(model, batches, loss, recipe=recipe, steps_per_epoch=n, device="cpu", state_dir=sys.argv[1]))
+steps = list(fit(model, batches, loss, recipe=recipe, steps_per_epoch=n, device=DEVICE, state_dir=sys.argv[1]))
 if torch.distributed.get_rank() == 1:
     torch.save((model.state_dict(), [(s.loss, s.images) for s in steps]), sys.argv[1] + "/result.pt")
 torch.distributed.destroy_process_group()
@@ -625,11 +625,13 @@ def test_accumulation_equals_one_big_batch() -> None:
     assert furthest(whole, parts) < 1e-6
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    """Two processes of two micro-batches each, started by torchrun, over gloo."""
+@pytest.mark.parametrize("device", ["cpu", pytest.param(None, marks=pytest.mark.slow)])
+def test_two_processes_equal_one(tmp_path: Path, device: str | None) -> None:
+    """Two processes of two micro-batches each, started by torchrun, over gloo; also where no device is asked and there
+    is no GPU, where accelerate by itself leaves each process alone with all images."""
     images = made_images()
     torch.save((images.pixels, images.labels), tmp_path / "images.pt")
-    (tmp_path / "worker.py").write_text(PLAIN + WORKER)
+    (tmp_path / "worker.py").write_text(PLAIN + WORKER.replace("DEVICE", repr(device)))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = os.environ | {"PYTHONPATH": str(Path(_fit.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [*launch, str(tmp_path / "worker.py"), str(tmp_path)]
