@@ -48,7 +48,7 @@ ImagesOption = Annotated[
     int | None, typer.Option("--images", help="Training images of each data set; all if left out.")
 ]
 TestedOption = Annotated[int | None, typer.Option("--tested", help="Test images of each data set; all if left out.")]
-WorkersOption = Annotated[int, typer.Option("--workers", help="Processes; on a CPU of one thread each.")]
+WorkersOption = Annotated[int, typer.Option("--workers", help="Processes of one thread each; 1: this one, with all.")]
 DevicesOption = Annotated[
     str | None, typer.Option("--devices", help="cpu, or cuda:0,cuda:1; runs are dealt out. All GPUs if left out.")
 ]
@@ -103,6 +103,8 @@ def compare(
         }  # fmt: skip
         found = _plan(plan, asked, path)
         failed = _told(out, comparison.compare(found, path, workers=workers, devices=_devices(devices)), found)
+    if comparison.process()[0] > 0:  # of several processes of a launcher one tells
+        return
     rows = comparison.read_rows(path)
     if not rows:
         raise errors.StoreError(

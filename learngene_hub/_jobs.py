@@ -70,6 +70,15 @@ def share() -> tuple[int, int, int]:
     return tuple(int(os.environ.get(name, other)) for name, other in zip(LAUNCHER, "010", strict=False))  # type: ignore[return-value]
 
 
+def run_here(todo: Sequence[JobT], work: Callable[[JobT], Any]) -> Iterator[tuple[JobT, Any, BaseException | None]]:
+    """As ``run_all``, one after the other in this process, with all its threads."""
+    for job in todo:
+        try:
+            yield job, work(job), None
+        except Exception as error:
+            yield job, None, error
+
+
 def run_all(
     todo: Sequence[JobT], work: Callable[[JobT], Any], workers: int
 ) -> Iterator[tuple[JobT, Any, BaseException | None]]:

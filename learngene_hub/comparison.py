@@ -17,10 +17,11 @@ Jobs go seed by seed, so that what is there of an interrupted comparison is bala
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from learngene_hub import _jobs
 from learngene_hub._compare_make import make, required
@@ -32,6 +33,7 @@ from learngene_hub._compare_row import Row as Row
 from learngene_hub._compare_run import key_of, measure
 from learngene_hub._compare_summary import as_text as as_text
 from learngene_hub._compare_summary import summarise as summarise
+from learngene_hub._jobs import JobT
 from learngene_hub.errors import ShapeError, StoreError
 
 POLL = 1.0  # seconds between two looks for what another process makes
@@ -59,6 +61,11 @@ def read_rows(path: str | Path) -> list[Row]:
     return _jobs.read_rows(path, Row)
 
 
+def process() -> tuple[int, int]:
+    """(rank, number of processes) of the launcher, (0, 1) without one."""
+    return _jobs.share()[:2]
+
+
 def compare(plan: Plan, out: str | Path, *, workers: int = 1, devices: tuple[str, ...] = ("cpu",)) -> Iterator[Done]:
     """Run what is missing of ``plan`` in ``out``; yields what became of each job.
 
@@ -66,7 +73,7 @@ def compare(plan: Plan, out: str | Path, *, workers: int = 1, devices: tuple[str
     process runs its share of the jobs.
 
     Args:
-        workers: processes, of one thread each where they compute on a CPU.
+        workers: processes, of one thread each where they compute on a CPU; 1: this process, with its threads.
         devices: jobs are dealt out to them in turn.
 
     Raises:
@@ -75,14 +82,16 @@ def compare(plan: Plan, out: str | Path, *, workers: int = 1, devices: tuple[str
     rank, world, local = _jobs.share()
     mine = (devices[local % len(devices)],) if world > 1 else devices
     makings = required(plan)
-    for _, _, error in _jobs.run_all(makings[rank::world], partial(make, plan=plan, device=mine[0]), workers):
+    alone = workers == 1 and world == 1  # else in new processes, which no launcher's variables bind together
+    for _, _, error in _run(makings[rank::world], partial(make, plan=plan, device=mine[0]), workers, alone):
         if error is not None:
             raise error
     _wait_for([making.path(plan) for making in makings])
     known = {row.key for row in read_rows(out)}
-    todo = [job for job in plan.jobs() if key_of(plan, job) not in known][rank::world]
+    todo = [job for job in list(plan.jobs())[rank::world] if key_of(plan, job) not in known]
     dealt = [(job, mine[count % len(mine)]) for count, job in enumerate(todo)]
-    for count, (job, row, error) in enumerate(_run(dealt, plan, Path(out), workers), start=1):
+    work = partial(measure, plan=plan, out=Path(out))
+    for count, ((job, _), row, error) in enumerate(_run(dealt, work, workers, alone), start=1):
         if row is not None:
             _jobs.append_row(out, row)
         unreachable = isinstance(error, ShapeError)
@@ -90,10 +99,9 @@ def compare(plan: Plan, out: str | Path, *, workers: int = 1, devices: tuple[str
 
 
 def _run(
-    dealt: list[tuple[Job, str]], plan: Plan, out: Path, workers: int
-) -> Iterator[tuple[Job, Row | None, BaseException | None]]:
-    for (job, _), row, error in _jobs.run_all(dealt, partial(measure, plan=plan, out=out), workers):
-        yield job, row, error
+    todo: Sequence[JobT], work: Callable[[JobT], Any], workers: int, alone: bool
+) -> Iterator[tuple[JobT, Any, BaseException | None]]:
+    return _jobs.run_here(todo, work) if alone else _jobs.run_all(todo, work, workers)
 
 
 def _wait_for(paths: list[Path]) -> None:
