@@ -16,6 +16,7 @@ import typer
 
 from learngene_hub import (
     _exchange,
+    _export,
     _extraction,
     _federate,
     _fit_size,
@@ -279,6 +280,7 @@ def _grow(name: str, folder: Path, asked: dict[str, Any], dtype: str, seed: int)
 app.command()(verb(_extraction.extract, {errors.ShapeError: "learngene methods {method}"}))
 app.command()(verb(_workshop.finetune))
 app.command()(verb(_workshop.evaluate))
+app.command()(verb(_export.export))
 app.command()(verb(_exchange.push))
 app.command()(verb(_exchange.pull))
 app.command()(verb(_shelf.verify))
