@@ -34,7 +34,7 @@ def test_the_blocks_of_the_page_run(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     assert "torch.Size([8, 10])" in done.stdout
-    names = {"grown", "model.onnx", "model.pt2", "again.onnx"}
+    names = {"grown", "model.onnx", "model.pt2", "half.pt2"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
