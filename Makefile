@@ -4,7 +4,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all fuzz check format cards numbers constraints clean
+.PHONY: demo test test-all fuzz check format cards numbers docs constraints clean
 
 demo: $(READY)
 	$(BIN)/python benchmarks/demo.py
@@ -33,6 +33,11 @@ format: $(READY)
 # README.md's and the cards' numbers, from the artefacts and the files under benchmarks/results/.
 cards numbers: $(READY)
 	$(BIN)/python benchmarks/write_numbers.py
+
+# docs/api.md and docs/cli.md, from docstrings and --help; and the same as a site, build/docs/index.html.
+docs: $(READY)
+	$(BIN)/python docs/reference.py
+	$(BIN)/pdoc learngene_hub --docformat google --output-directory build/docs
 
 # Once: the environment, uv by pip, everything else by uv (seconds instead of minutes).
 $(READY): pyproject.toml constraints.txt

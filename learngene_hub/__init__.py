@@ -22,12 +22,15 @@ if TYPE_CHECKING:
     from learngene_hub.errors import BudgetError as BudgetError
     from learngene_hub.errors import DataError as DataError
     from learngene_hub.errors import DigestError as DigestError
+    from learngene_hub.errors import ExportError as ExportError
     from learngene_hub.errors import LearngeneError as LearngeneError
     from learngene_hub.errors import RegistryError as RegistryError
     from learngene_hub.errors import SettingsError as SettingsError
     from learngene_hub.errors import ShapeError as ShapeError
     from learngene_hub.errors import StoreError as StoreError
     from learngene_hub.errors import TrainingError as TrainingError
+    from learngene_hub.exporting import Exported as Exported
+    from learngene_hub.exporting import export as export
     from learngene_hub.factory import constrain as constrain
     from learngene_hub.factory import evaluate as evaluate
     from learngene_hub.factory import expand as expand
@@ -55,6 +58,8 @@ _HOME = {  # public name -> the module that defines it
     "DataError": "errors",
     "Descendant": "descendant",
     "DigestError": "errors",
+    "ExportError": "errors",
+    "Exported": "exporting",
     "Images": "data",
     "Learngene": "learngene",
     "LearngeneError": "errors",
@@ -75,6 +80,7 @@ _HOME = {  # public name -> the module that defines it
     "constrain": "factory",
     "evaluate": "factory",
     "expand": "factory",
+    "export": "exporting",
     "extract": "factory",
     "find_remote": "hub",
     "finetune": "factory",

@@ -361,6 +361,19 @@ def _images(data: str, split: str, shape: Shape, limit: int | None, skip_unreada
     )
 
 
+def saved(model: str) -> Descendant:
+    """The descendant in this folder.
+
+    Raises:
+        StoreError: it holds none.
+    """
+    if not (Path(model) / "config.json").is_file():
+        raise errors.StoreError(f"{model} is not a saved descendant; a folder that expand or finetune wrote would work")
+    from learngene_hub.descendant import Descendant
+
+    return Descendant.from_pretrained(model)
+
+
 def evaluate(
     out: Output,
     model: ModelArgument,
@@ -378,13 +391,10 @@ def evaluate(
     learngene evaluate trained --data signdigits
     learngene evaluate trained --data photos/ --split val --json
     """
-    if not (Path(model) / "config.json").is_file():
-        raise errors.StoreError(f"{model} is not a saved descendant; a folder that expand or finetune wrote would work")
+    grown = saved(model)
     from learngene_hub import factory
-    from learngene_hub.descendant import Descendant
     from learngene_hub.shape import shape_of
 
-    grown = Descendant.from_pretrained(model)
     images = _images(data, split, shape_of(grown.timm_model), limit, skip_unreadable)
     tell_skipped(out, images)
     found = factory.evaluate(

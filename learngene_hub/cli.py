@@ -17,6 +17,7 @@ import typer
 from learngene_hub import (
     _compare,
     _exchange,
+    _export,
     _extraction,
     _federate,
     _fit_size,
@@ -282,6 +283,7 @@ app.command()(verb(_extraction.extract, {errors.ShapeError: "learngene methods {
 app.command()(verb(_workshop.finetune))
 app.command()(verb(_workshop.evaluate))
 app.command()(verb(_compare.compare))
+app.command()(verb(_export.export))
 app.command()(verb(_exchange.push))
 app.command()(verb(_exchange.pull))
 app.command()(verb(_shelf.verify))

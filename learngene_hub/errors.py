@@ -13,6 +13,7 @@ LearngeneError
     NoPoolError               a folder is no pool
   DataError(ValueError)       images or labels that cannot be used
   TrainingError(RuntimeError) a run that cannot go on, such as a loss that is not finite
+  ExportError(RuntimeError)   an exported file that cannot be run, or gives other logits than its model
 
 Each message says what was asked, what is there, and what would work, on one line.
 """
@@ -70,3 +71,7 @@ class DataError(LearngeneError, ValueError):
 
 class TrainingError(LearngeneError, RuntimeError):
     """A training run that cannot go on."""
+
+
+class ExportError(LearngeneError, RuntimeError):
+    """An exported file cannot be run, or gives other logits than its model; it is not kept."""

@@ -20,8 +20,8 @@ from learngene_hub.learngene import Learngene
 
 HEADER = "name\tmethod\tancestor\treach\tbytes\tlicense\torigin\tdescription"
 COMMANDS = [
-    "list", "show", "fit-size", "methods", "extract", "expand", "finetune", "evaluate", "push", "pull", "verify",
-    "hf-extension", "federate",
+    "list", "show", "fit-size", "methods", "extract", "expand", "finetune", "evaluate", "export", "push", "pull",
+    "verify", "hf-extension", "federate",
 ]  # fmt: skip
 SMALL = ["--depth", "2", "--width", "32", "--num-labels", "10", "--image-size", "32"]
 

@@ -53,6 +53,7 @@ ROOMS = [
         "_pool_write",
     ],
     ["descendant"],
+    ["exporting"],
     ["registry", "_registry_file"],
     ["card", "_card_descendant", "_card_facts", "_card_federation", "_card_results", "_card_shapes"],
     ["hub", "_push", "_pool_push", "_send", "_remote", "_store", "_client"],
@@ -70,6 +71,7 @@ ROOMS = [
     [
         "cli",
         "_workshop",
+        "_export",
         "_extraction",
         "_exchange",
         "_shelf",
@@ -106,6 +108,7 @@ DOORS = {  # third-party library -> the one room that imports it, named after it
     "flwr": {"federated"},
     "huggingface_hub": {"hub"},
     "matplotlib": {"federated"},
+    "onnxruntime": {"exporting"},
     "packaging": {"hub"},
     "PIL": {"data"},
     "pyarrow": {"data"},

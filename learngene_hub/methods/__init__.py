@@ -122,6 +122,7 @@ def _package(point: EntryPoint) -> str:
 
 
 METHODS: Mapping[str, type] = _table()
+"""Every method's class by its name: the built-in ones and those of installed packages."""
 
 
 def get_method(name: str, settings: Mapping[str, Any] | None = None) -> Method:
