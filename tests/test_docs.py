@@ -15,7 +15,8 @@ from pages import FENCE, ROOT, Block, Shell, Shells, blocks_of, same_output, she
 
 import learngene_hub
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+MADE = ("api.md", "cli.md")  # by docs/reference.py, without blocks to run
+PAGES = sorted(page for page in (ROOT / "docs").glob("*.md") if page.name not in MADE)
 SIGNS = Path(learngene_hub.__file__).parent / "samples/signdigits"
 CLASSES = ("circle", "point", "victory")  # of photos/
 READY = "ready/work"  # in the home of all: photos/ and finetuned/
