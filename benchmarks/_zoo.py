@@ -125,7 +125,7 @@ def as_card(compared: Mapping[str, Any], name: str, plan: Mapping[str, Any]) -> 
         "recipe": f"{plan['images']} images of each set at {plan['image_size']} px, AdamW, "
         f"batch {recipe['batch_size']}, {recipe['schedule']} with warm-up, "
         f"peak rate {recipe['lr']:g} (random: {plan['fresh']['lr']:g}), "
-        f"layer-wise decay {recipe['layer_decay']:g}, a head from class means, no augmentation",
+        "a head from class means, no augmentation",
         "meanings": {arm: MEANINGS[arm] for arm in arms if arm in MEANINGS},
         "base": base,
         "digests": {arm: compared["starts"][arm]["digest"] for arm in arms if compared["starts"][arm]["digest"]},

@@ -161,7 +161,7 @@ def _compared(compared: dict[str, Any]) -> str:
         [
             f"One recipe for all: {plan['images']} images of each of {sets}, {plan['image_size']} px, shapes {shapes}, "
             f"{plan['recipe']['epochs']} epochs (`random` and `mimetic`: {plan['fresh']['epochs']}), a head from class "
-            "means, layer-wise rates. Test accuracy in per cent, the mean over shapes and data sets; differences are "
+            "means. Test accuracy in per cent, the mean over shapes and data sets; differences are "
             "paired over cells (a shape on a data set) and seeds, ± the standard error over cells, with the p of a "
             "sign-flip test. `lsamd-base` was made from five other data sets and pacs; no other saw pacs.",
             _zoo.as_table(compared),
