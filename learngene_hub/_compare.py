@@ -87,7 +87,7 @@ def compare(
     \b
     learngene compare lsamd-base random --shapes 6x192,4x128 --data signdigits --workers 2
     learngene compare lsamd-base net2net random --ancestor deit_tiny_patch16_224 --shapes 6x192 --data photos/ \\
-        --seeds 0,1,2 --head whitened --out compared.csv
+        --seeds 0,1,2 --head means --out compared.csv
     learngene compare --plan compare.yaml --out compared.csv
     learngene compare --out compared.csv --summarise --json
     """

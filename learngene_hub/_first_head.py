@@ -7,9 +7,10 @@ the m_c, and
     "means"     A = I: the nearest class mean
     "whitened"  A = ((1 - g) S + g tr(S) / D I)^-1: the nearest class mean where all directions vary alike
 
-The scale s, and g, are those of GRID whose cross-entropy is least on a fifth of the images that the means were not
-taken from; then the means are taken from all. Nothing is trained: it costs one forward of at most PER_CLASS images of a
-class.
+The scale s, and g, are those of SCALES and SHRINKAGES whose cross-entropy is least on a fifth of the images that the
+means were not taken from; then the means are taken from all. Nothing is trained: it costs one forward of at most
+PER_CLASS images of a class. Before any training "whitened" is the more accurate; after it "means" is
+(``benchmarks/speedups.yaml``): a head that fits its images too well leaves the features little to learn.
 
 Source: Fisher 1936 (the discriminant); Ledoit and Wolf 2004 for shrinking S towards a multiple of I. That it starts a
 finetuning is common practice after Kumar et al., ICLR 2022, arXiv:2202.10054 (a head that is fitted first distorts
@@ -40,7 +41,7 @@ def fit_head(
     model: nn.Module,
     images: Images,
     *,
-    how: str = "whitened",
+    how: str = "means",
     preprocessing: Preprocessing = IMAGENET,
     batch_size: int = 256,
     device: torch.device | str | None = None,

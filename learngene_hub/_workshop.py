@@ -77,7 +77,7 @@ HeadOption = Annotated[
     typer.Option(
         "--head",
         help="How the classifier begins: fresh; means or whitened, from the class means of the model's own features; "
-        "auto: whitened where it was never trained, else as it is.",
+        "auto: means where it was never trained, else as it is.",
     ),
 ]
 DecayOption = Annotated[
@@ -185,7 +185,7 @@ def _begin_head(out: Output, grown: Descendant, images: Images, head: str, *, se
     """Write the head that was asked for, and say so where one was written."""
     from learngene_hub.factory import fit_head, is_untouched
 
-    how = ("whitened" if is_untouched(grown.timm_model) else "fresh") if head == "auto" else head
+    how = ("means" if is_untouched(grown.timm_model) else "fresh") if head == "auto" else head
     count = fit_head(grown.timm_model, images, how=how, preprocessing=grown.preprocessing, device=device, seed=seed)
     if count:
         out.note(f"The head begins with the class means of {count} images ({how}); --head fresh leaves it as it is")
