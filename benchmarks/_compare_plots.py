@@ -126,11 +126,11 @@ def _by_epochs(summary: dict[str, Any], results: Path) -> None:
     )
 
 
-def storage(summary: dict[str, Any]) -> dict[str, Any]:
-    """Bytes of SIZES as checkpoints in float16, with 10 classes at 224 px, beside one learngene."""
+def storage(summary: dict[str, Any], name: str = "lsamd-base") -> dict[str, Any]:
+    """Bytes of SIZES as checkpoints in float16, with 10 classes at 224 px, beside the learngene ``name``."""
     shapes = [ViTShape(depth=d, width=w, heads=w // 64, image_size=224, classes=10) for d, w in SIZES]
     checkpoints = [2 * shape.params() for shape in shapes]
-    one = summary["starts"]["lsamd-base"]["stored_bytes"]
+    one = summary["starts"][name]["stored_bytes"]
     return {
         "sizes": [f"{d}x{w}" for d, w in SIZES],
         "checkpoints": checkpoints,

@@ -68,7 +68,7 @@ def order_registry() -> None:
 def cards() -> dict[str, str]:
     """Name -> card of every bundled learngene."""
     made, compared = {}, read("compare.json")
-    plan = yaml.safe_load((ROOT / "benchmarks" / "compare.yaml").read_text(encoding="utf-8"))
+    plan = _pages.settings("compare")
     for name, entry in Registry.load(ROOT / "registry.yaml").entries.items():
         learngene = Learngene.load(ROOT / entry.uri / "learngene.safetensors")
         found = None if compared is None else _zoo.as_card(compared, name, plan)
@@ -86,6 +86,8 @@ def cards() -> dict[str, str]:
 def zoo_part() -> str:
     """What README.md says of the bundled learngenes."""
     compared, few, parts = read("compare.json"), read("few.json"), read("parts.json")
+    if compared is None:
+        return "Nothing was compared."
     found = {verdict.name: verdict for verdict in _zoo.verdicts(compared, few)}
     base, rows = _zoo.best_rival(compared), []
     for name, entry in Registry.load(ROOT / "registry.yaml").entries.items():
@@ -102,15 +104,16 @@ def zoo_part() -> str:
         "stores no more bytes than the learngene. One that is ahead in neither, and not on few images per class, by "
         "more than the standard error, is not bundled.",
         table(head, rows),
-        "Made, measured and left out: " + "; ".join(_left_out(parts)) + ".",
     ]
+    if lines := _left_out(parts):
+        told.append("Made, measured and left out: " + "; ".join(lines) + ".")
     return "\n\n".join(told)
 
 
 def _left_out(parts: Any) -> list[str]:
     """A line for each learngene that is not bundled."""
     lines = []
-    for name, (method, title, arm) in LEFT_OUT.items():
+    for name, (method, title, arm) in LEFT_OUT.items() if parts is not None else ():
         gap = parts["tables"][title]["differences"][arm]["net2net"]["overall"]["4"]
         lines.append(
             f"`{name}` (`{method}`), {gap['mean']:+.1f} ± {gap['se']:.1f} points less `net2net` at 6x192 "
@@ -153,9 +156,10 @@ def readme_part() -> str:
 
 def _compared(compared: dict[str, Any]) -> str:
     """The comparison of record."""
-    plan = yaml.safe_load((ROOT / "benchmarks" / "compare.yaml").read_text(encoding="utf-8"))
+    plan = _pages.settings("compare")
     shapes, sets = ", ".join(plan["shapes"]), ", ".join(plan["data"])
-    stored = _compare_plots.storage(compared)
+    best = _zoo.verdicts(compared, None)[0].name
+    stored = _compare_plots.storage(compared, best)
     there = [arm for arm in _zoo.MEANINGS if arm in compared["starts"]]
     return "\n\n".join(
         [
@@ -169,7 +173,7 @@ def _compared(compared: dict[str, Any]) -> str:
             "\n".join(f"- {line}" for line in _zoo.goals(compared)),
             f"Stored: {len(stored['sizes'])} sizes ({stored['sizes'][0]} to {stored['sizes'][-1]}) are "
             f"{sum(stored['checkpoints']) / 1e6:.0f} MB as checkpoints in float16, and "
-            f"{stored['learngene'] / 1e6:.1f} MB as `lsamd-base`: {stored['ratio']:.1f} times less.",
+            f"{stored['learngene'] / 1e6:.1f} MB as `{best}`: {stored['ratio']:.1f} times less.",
             "![Accuracy against parameters](benchmarks/results/compare_params.png)",
             "[Accuracy against epochs](benchmarks/results/compare_epochs.png), [against training images per "
             "class](benchmarks/results/few.png), [bytes against the number of "

@@ -103,8 +103,11 @@ def compare(
         }  # fmt: skip
         found = _plan(plan, asked, path)
         failed = _told(out, comparison.compare(found, path, workers=workers, devices=_devices(devices)), found)
-    if comparison.process()[0] > 0:  # of several processes of a launcher one tells
+    rank, processes = comparison.process()
+    if rank > 0:  # of several processes of a launcher one tells
         return
+    if processes > 1 and not summarise:
+        out.note("Other processes may still run; the same command with --summarise tells of all their rows")
     rows = comparison.read_rows(path)
     if not rows:
         raise errors.StoreError(

@@ -36,7 +36,7 @@ BLANK_LINE = re.compile(rf"(?>\r\n|[{BREAKS}])[ \t]*(?>\r\n|[{BREAKS}])[ \t]*\Z"
 
 
 def add_entry(path: str | os.PathLike[str], entry: Entry, *, replace: bool = False) -> None:
-    """Writes ``entry`` as the last row of the registry file, which is made where it is missing, and its folder too.
+    """Writes ``entry`` as the last row of the registry file, which is made where it is missing.
 
     With ``replace`` an entry of the same name gives way to it, in its place. A uri that is a path counts from the
     folder of ``path``.
@@ -46,10 +46,6 @@ def add_entry(path: str | os.PathLike[str], entry: Entry, *, replace: bool = Fal
         StoreError: the file cannot be read or written; it is as it was.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"{path} cannot be written: {error.strerror}") from error
     _edit(path, lambda text: with_entry(path, text, entry, replace=replace), make=True)
 
 

@@ -74,8 +74,8 @@ def list_(
 ) -> None:
     """The learngenes there are, and what each grows to.
 
-    Those of your own registry first, in its order; then the bundled ones, the most useful first: by how far their
-    descendants are ahead of the best start that needs no training, in the comparison that README.md shows.
+    The bundled ones come first, the most useful at the top: by how far their descendants are ahead of the best start
+    that needs no training, in the comparison that README.md shows. Then those of your own registry, in its order.
 
     \b
     learngene list

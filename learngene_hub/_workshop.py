@@ -40,6 +40,7 @@ from learngene_hub._resume import (
     ResumeOption,
     claim,
     interruptible,
+    is_begun,
     is_finished,
     one_size,
     state_of,
@@ -127,6 +128,7 @@ def finetune(
     learngene finetune grown --data signdigits --out trained --resume
     learngene finetune my-ldr --depth 12 --set components=4 --constrained --data photos/ --out trained
     """
+    from learngene_hub.factory import state_digest
     from learngene_hub.training import Recipe, process
 
     recipe = Recipe(
@@ -155,11 +157,13 @@ def finetune(
         tell_left_out(out, images[0], batch_size)
         began = time.perf_counter()
         tuned = _tuned(learngene, grown, growth, seed) if learngene else grown.timm_model
-        if not learngene:
+        identity = {"weights at the start": state_digest(tuned), "head": head}
+        if not learngene and not is_begun(state):  # a run that goes on has its head
             _begin_head(out, grown, images[0], head, seed=seed, device=device)
         history = _trained(
-            out, tuned, images, recipe, preprocessing=grown.preprocessing, state=state, device=device, log=log
-        )
+            out, tuned, images, recipe, identity, preprocessing=grown.preprocessing, state=state, device=device,
+            log=log,
+        )  # fmt: skip
         if learngene:
             grown.timm_model.load_state_dict(tuned.materialise().state_dict())  # type: ignore[operator]
         first = process()[0] == 0  # of several processes of a launcher one tells and writes
@@ -243,6 +247,7 @@ def _trained(
     model: nn.Module,
     images: Sequence[Images],
     recipe: Recipe,
+    identity: Mapping[str, str],
     *,
     preprocessing: Preprocessing,
     state: Path,
@@ -253,7 +258,6 @@ def _trained(
     from learngene_hub import factory
     from learngene_hub.training import StateDir, process
 
-    identity = {"weights at the start": factory.state_digest(model)}
     steps = factory.finetune(
         model,
         images[0],

@@ -219,12 +219,12 @@ def known() -> Registry:
 
 
 def list_learngenes() -> list[Entry]:
-    """The entries of the registry, in its order: one's own first, the bundled ones by usefulness (README.md).
+    """The entries of the registry, in its order: the bundled ones by usefulness (README.md), then one's own.
 
     Raises:
         RegistryError, StoreError: the registry cannot be read.
     """
-    return sorted(known().entries.values(), key=lambda entry: entry.origin == registry.BUILT_IN)
+    return list(known().entries.values())
 
 
 def _resolve(name_or_path_or_uri: str | os.PathLike[str], revision: str | None) -> _Place:

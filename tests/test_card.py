@@ -18,9 +18,11 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from loopback import serve
 from planted import planted, variant
+from test_comparison import row
 from typer.testing import CliRunner
 
 from learngene_hub import card, cli
+from learngene_hub.comparison import summarise
 from learngene_hub.errors import SettingsError
 from learngene_hub.learngene import Learngene
 from learngene_hub.registry import Entry
@@ -477,6 +479,16 @@ def test_a_paired_difference_becomes_a_row() -> None:
     assert _pages.brief(lambda name: None) == ""
 
 
+def compared(digest: str) -> dict[str, Any]:
+    """A comparison of one learngene, of this digest, with net2net: 62 and 58 at 6x64 against 50 and 50."""
+    rows = [
+        row("pico-base", "6x64", name, 0, {1: value}, digest=digest, stored_bytes=9000)
+        for name, value in (("signs", 62.0), ("dtd", 58.0))
+    ]
+    rows += [row("net2net", "6x64", name, 0, {1: 50.0}, kind="method", stored_bytes=9000) for name in ("signs", "dtd")]
+    return summarise(rows)
+
+
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with one learngene and results measured with it."""
@@ -485,11 +497,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made = {key: getattr(entry(learngene, "model_cards/pico-base"), key) for key in ("name", "method", "uri", "sha256")}
     made |= {"bytes": file.stat().st_size, "license": "Apache-2.0", "card": "README.md", "description": "For tests."}
     (tmp_path / "registry.yaml").write_text(json.dumps([made]))
-    (tmp_path / "README.md").write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    marks = "<!-- results -->\nold\n<!-- /results -->\n<!-- zoo -->\nold\n<!-- /zoo -->"
+    (tmp_path / "README.md").write_text(f"before\n{marks}\nafter\n")
     (tmp_path / "results").mkdir()
     (tmp_path / "benchmarks").mkdir()
     results = RESULTS | {"digests": {"rows": "a" * 64, "lsamd-base": learngene.digest}}
     (tmp_path / "results" / "transfer.json").write_text(json.dumps(results))
+    (tmp_path / "results" / "compare.json").write_text(json.dumps(compared(learngene.digest)))
     monkeypatch.setattr(write_numbers, "ROOT", tmp_path)
     monkeypatch.setattr(write_numbers, "RESULTS", tmp_path / "results")
     return tmp_path
@@ -497,18 +511,24 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_numbers_are_written_between_the_marks_and_into_cards(root: Path) -> None:
     write_numbers.main([])
-    card_file, readme = root / "model_cards" / "pico-base" / "README.md", root / "README.md"
-    once = (card_file.read_text(), readme.read_text())
-    assert card.comparison(RESULTS) in once[0] and card.comparison(RESULTS) in once[1]
+    card_file, readme, page = (
+        root / name for name in ("model_cards/pico-base/README.md", "README.md", "benchmarks/RESULTS.md")
+    )
+    once = (card_file.read_text(), readme.read_text(), page.read_text())
+    assert "pico-base less net2net, paired: +10.00 ± 2.00 points over 2 runs; ahead in 2 of 2 pairs" in once[0]
     assert once[1].startswith("before\n<!-- results -->\n## What was measured\n\n")
-    assert once[1].endswith("\n<!-- /results -->\nafter\n") and "old" not in once[1]
-    assert tables(once[1])[0] == [  # means over the data sets, none where one is missing
+    assert once[1].endswith("\n<!-- /zoo -->\nafter\n") and "old" not in once[1]
+    starts, zoo = tables(once[1])
+    assert [line[:3] for line in starts[1:]] == [["`pico-base`", "60.0", "+10.0 ± 2.0"], ["`net2net`", "50.0", ""]]
+    assert zoo[1][4] == "+10.0 ± 2.0" and zoo[1][6] == "accuracy"
+    assert card.comparison(RESULTS) in once[2]
+    assert tables(once[2])[0] == [  # means over the data sets, none where one is missing
         ["shape", "rows", "random", "lsamd-base"],
         ["6x256", "70.0", "", ""],
         ["12x384", "60.0", "", ""],
     ]
     write_numbers.main([])
-    assert (card_file.read_text(), readme.read_text()) == once
+    assert (card_file.read_text(), readme.read_text(), page.read_text()) == once
 
 
 def test_cards_can_be_written_alone(root: Path) -> None:
@@ -518,7 +538,7 @@ def test_cards_can_be_written_alone(root: Path) -> None:
 
 
 def test_results_of_another_artefact_are_not_this_ones(root: Path) -> None:
-    (root / "results" / "transfer.json").write_text(json.dumps(RESULTS))
+    (root / "results" / "compare.json").write_text(json.dumps(compared("b" * 64)))
     assert "Nothing was measured." in write_numbers.cards()["pico-base"]
 
 
@@ -530,7 +550,7 @@ def test_ratios_of_speed(root: Path) -> None:
     }
     for name, value in speeds.items():
         (root / "results" / f"{name}.json").write_text(json.dumps(value))
-    (root / "results" / "transfer.json").unlink()
+    (root / "results" / "compare.json").unlink()
     rows = tables(write_numbers.readme_part())[0]
     assert [row[1:] for row in rows[1:]] == [
         ["0.71", "at most 1.0"],

@@ -116,7 +116,6 @@ def run_readme(reader: Shells, folder: Path, kinds: tuple[str, ...]) -> None:
     ready = Path(shell.environment["HOME"], READY)
     for name in ("photos", "maps", "few", "finetuned"):
         shutil.copytree(ready / ("finetuned" if name == "finetuned" else "photos"), shell.folder / name)
-    (shell.folder / "ours").mkdir()
     for block in blocks_of(ROOT / "README.md"):
         if block.kind in ("", *kinds):
             shell.run(block, replaced(block))
