@@ -171,7 +171,7 @@ def page(read: Read, learned: Callable[[dict[str, Any]], str], first: Sequence[s
         ("Inherited parts of CNNs", "cnn", _cnn_page),
         ("Four advantages", "advantages", _advantages_page),
         ("Learngene Pool and SN-Net", "pool", _pool_page),
-        ("The bundled pool", "pool_small", _pool_page),
+        ("A small pool", "pool_small", _pool_page),
         ("A pool that grows", "continual", _continual_page),
         ("Federations", "federated", _federated_page),
     ):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer
 from test_cli import Result
+from test_sn_net import extracted, routes_of
 from typer.testing import CliRunner
 
 from learngene_hub import Descendant, _latency, cli, factory
@@ -104,20 +105,23 @@ def test_latency_and_memory_are_measured_where_they_are_asked(pico: str, monkeyp
 
 
 def test_a_pool_shows_what_none_is_better_and_smaller_than(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LEARNGENE_CACHE", str(tmp_path))
-    shown = run("fit-size", "pool-deit-tiny", "--max-params", "400K", "--num-labels", "10", "--json")
-    found = json.loads(shown.out)
-    every = []
-    for route in range(6):
-        told = json.loads(run("show", "pool-deit-tiny", "--set", f"route={route}", "--num-labels", "10", "--json").out)
-        every.append(told["descendant"]["params"])
-    from learngene_hub.hub import pull
-
-    table = {row[0]: row[-1] for row in pull("pool-deit-tiny").provenance["routes"]["rows"]}  # type: ignore[index]
-    fit = [n for n in range(6) if every[n] <= 400_000]
-    best = max(fit, key=lambda n: table[n])
-    assert found["options"] == f"--num-labels 10 --set route={best}" and found["taken"]["params"] == every[best]
-    edge = {n for n in fit if not any(table[m] >= table[n] and every[m] <= every[n] and m != n for m in fit)}
+    monkeypatch.setenv("LEARNGENE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    learngene = extracted()
+    learngene.save_pretrained(tmp_path / "routes")
+    every = {}
+    for route in routes_of(learngene):
+        told = json.loads(run("show", "routes", "--set", f"route={route}", "--json").out)
+        every[route] = told["descendant"]["params"]
+    limit = sorted(every.values())[len(every) // 2]
+    found = json.loads(run("fit-size", "routes", "--max-params", str(limit), "--json").out)
+    table = {row[0]: row[-1] for row in learngene.provenance["routes"]["rows"]}  # type: ignore[index]
+    fit = [n for n in every if every[n] <= limit]
+    best = max(fit, key=lambda n: (table[n], -every[n]))
+    assert 1 < len(fit) < len(every)
+    assert (table[int(found["options"].split("route=")[1])], found["taken"]["params"]) == (table[best], every[best])
+    edge = {n for n in fit if not any(table[m] >= table[n] and every[m] < every[n] for m in fit)}
+    edge = {n for n in edge if not any(table[m] > table[n] and every[m] <= every[n] for m in fit)}
     assert {row["params"] for row in found["sizes"]} == {every[n] for n in edge}
     call = eval(found["call"], {"Descendant": Descendant})
     assert call.num_parameters() == every[best]
