@@ -3,7 +3,10 @@
     python benchmarks/bundle_kept.py [--only-write DIR]
 
 LSAMD trains and searches before it decides how many blocks it keeps, so keeping fewer of lsamd-base's is the very
-extraction with ``keep`` set lower (and ``select`` "even", which lsamd-base grows with): nothing is trained again.
+extraction with ``keep`` set lower (and ``select`` "even", which lsamd-base grows with): nothing is trained again. A
+descendant deeper than what is kept repeats blocks; each copy then writes its share of the block's update (``repeat``
+"share"), without which 12 blocks of 6 know little: before training, a head of class means of 300 images reads mnist and
+gtsrb with 71.5 and 45.5 % instead of 47.5 and 12.0 % (12x192 of six blocks).
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def kept(learngene: Learngene, count: int) -> Learngene:
         if not name.startswith("block.") or int(name.split(".")[1]) in positions
     }
     return dataclasses.replace(
-        learngene, tensors=tensors, settings={**learngene.settings, "keep": count, "select": "even"}
+        learngene, tensors=tensors, settings={**learngene.settings, "keep": count, "select": "even", "repeat": "share"}
     )
 
 
