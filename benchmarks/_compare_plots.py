@@ -22,9 +22,18 @@ STYLE = {  # start -> colour, marker, line
     "random": ("#999999", "x", "-"),
     "mimetic": ("#bbbbbb", "+", "--"),
     "distilled": ("#c26e6e", "P", "-"),
-    "lets-cifar100": ("#d08c1d", "D", ":"),
-    "ldr-cifar100": ("#b59a3c", "D", "--"),
-    "auto-deit-tiny": ("#8a6fae", "X", ":"),
+    "adapted": ("#8c2f39", "P", "--"),
+    "net2net-6": ("#6f8fb5", "s", "--"),
+    "net2net-4": ("#9fb4cf", "s", ":"),
+    "net2net-3": ("#b9c8da", "s", ":"),
+    "net2net-2": ("#d0dae6", "s", ":"),
+    "lets-base": ("#d08c1d", "D", ":"),
+    "ldr-base": ("#b59a3c", "D", "--"),
+    "auto-base": ("#8a6fae", "X", ":"),
+    "gene-base": ("#a26769", "X", "--"),
+    "cluster-base": ("#5f5f9f", "*", ":"),
+    "lsamd-base+3": ("#55a630", "o", "--"),
+    "lsamd-base+fresh": ("#a3b18a", "o", ":"),
 }
 SHOWN = ("lsamd-base", "net2net", "weight-selection", "front", "distilled", "random")  # of the busier plots
 

@@ -58,7 +58,7 @@ MADE = {
         settings={"images": 512},
         data=True,
         sets=ONE,
-        description="The blocks of lsamd-base's 12x192 that the loss hangs on most, a quarter of it (GENE-FL's choice).",
+        description="The three blocks of lsamd-base's 12x192 that the loss hangs on most (GENE-FL's choice).",
     ),
     "cluster-base": Made(
         method="cluster",
@@ -78,7 +78,7 @@ MADE = {
     ),
     "ldr-base": Made(
         method="ldr",
-        settings={**LESSON, "phases": [1, 2, 4], "epochs": 2, "order_offset": 0},
+        settings={**LESSON, "phases": [1, 2, 4], "epochs": 2, "order_offset": 0, "labels": 0.0},
         data=True,
         taught=True,
         description="lsamd-base's 12x192 condensed with LDR: four components, mixed by polynomials at any depth.",

@@ -19,6 +19,7 @@ from _learned_summary import LEARNED, TUNED, as_card
 from learngene_hub import Learngene
 from learngene_hub._card_results import score
 from learngene_hub.card import RECIPE, card_text, comparison, measured_with, table
+from learngene_hub.comparison import read_rows, summarise
 from learngene_hub.registry import Registry
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,8 +31,10 @@ OTHERS = (
     "test accuracy, ± one standard error. A minus is a loss, and there are many: with what two cores can train, the "
     "ancestor's own blocks are hard to beat."
 )
-LEFT_OUT = {  # name -> how it was made, comparison of parts.json, its arm: made and measured, and not bundled
-    "cluster-deit-tiny": ("cluster", "cluster at 6x192", "cluster"),
+LEFT_OUT = {  # name -> what it is: made, compared (results/left_out.csv), and not bundled
+    "auto-deit-tiny": "DeiT-Tiny's first two and last two blocks, by `auto`",
+    "ldr-cifar100": "four components of a DeiT-Tiny finetuned on cifar100, by `ldr`",
+    "lets-cifar100": "four small blocks of the same, by `lets`",
 }
 
 
@@ -85,7 +88,7 @@ def cards() -> dict[str, str]:
 
 def zoo_part() -> str:
     """What README.md says of the bundled learngenes."""
-    compared, few, parts = read("compare.json"), read("few.json"), read("parts.json")
+    compared, few = read("compare.json"), read("few.json")
     if compared is None:
         return "Nothing was compared."
     found = {verdict.name: verdict for verdict in _zoo.verdicts(compared, few)}
@@ -105,26 +108,30 @@ def zoo_part() -> str:
         "more than the standard error, is not bundled.",
         table(head, rows),
     ]
-    if lines := _left_out(parts):
+    if lines := _left_out(compared):
         told.append("Made, measured and left out: " + "; ".join(lines) + ".")
     return "\n\n".join(told)
 
 
-def _left_out(parts: Any) -> list[str]:
-    """A line for each learngene that is not bundled."""
-    lines = []
-    for name, (method, title, arm) in LEFT_OUT.items() if parts is not None else ():
-        gap = parts["tables"][title]["differences"][arm]["net2net"]["overall"]["4"]
+def _left_out(compared: dict[str, Any]) -> list[str]:
+    """A line for each learngene that was made and compared, and is not bundled."""
+    rows = read_rows(RESULTS / "left_out.csv")
+    if not rows:
+        return []
+    rivals = [row for row in read_rows(RESULTS / "compare.csv") if row.start in compared["training_free"]]
+    both, lines = summarise([*rows, *rivals]), []
+    for verdict in _zoo.verdicts(both, None):
+        less = f"{_zoo.points(verdict.gap)} less `{_zoo.best_rival(both)}`, {_zoo.points(verdict.rival_gap)} less "
+        lines.append(f"`{verdict.name}` ({LEFT_OUT[verdict.name]}): {less}`{verdict.rival}`")
+    parts = read("parts.json")
+    if parts is not None:
+        gap = parts["tables"]["cluster at 6x192"]["differences"]["cluster"]["net2net"]["overall"]["4"]
         lines.append(
-            f"`{name}` (`{method}`), {gap['mean']:+.1f} ± {gap['se']:.1f} points less `net2net` at 6x192 "
-            "([RESULTS.md](benchmarks/RESULTS.md))"
+            f"`cluster-deit-tiny`, heads by clusters: {gap['mean']:+.1f} ± {gap['se']:.1f} less `net2net` at "
+            "6x192 on signdigits"
         )
-    pool = read("pool_small.json")
-    if pool is not None:
-        lines.append(
-            "`pool-deit-tiny` (`sn-net`), six fixed networks of two small ViTs that were cut out of DeiT-Tiny: it "
-            "grows none of the shapes of the comparison"
-        )
+    if read("pool_small.json") is not None:
+        lines.append("`pool-deit-tiny`, six fixed networks by `sn-net`, which has none of these shapes")
     return lines
 
 

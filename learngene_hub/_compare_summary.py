@@ -241,9 +241,16 @@ def as_text(summary: dict[str, Any]) -> str:
 
 
 def best_rival(summary: dict[str, Any]) -> str | None:
-    """The training-free start of the best mean; random where there is none, else None."""
+    """The training-free start of the best mean over the cells that all of these have; random where there is none."""
     rivals = summary["training_free"] or [name for name in summary["starts"] if name == RANDOM]
-    return max(rivals, key=lambda name: summary["starts"][name]["accuracy"], default=None)
+    shared = [cell["starts"] for cell in summary["cells"] if all(name in cell["starts"] for name in rivals)]
+
+    def mean(name: str) -> float:
+        if not shared:
+            return summary["starts"][name]["accuracy"]
+        return statistics.fmean(starts[name]["mean"] for starts in shared)
+
+    return max(rivals, key=mean, default=None)
 
 
 def difference(gap: dict[str, Any]) -> str:
