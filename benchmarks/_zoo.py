@@ -20,6 +20,7 @@ from learngene_hub._compare_summary import best_rival
 from learngene_hub.card import table
 
 SLACK = 1.02
+SEEN = ("pacs",)  # of the comparison's sets, those of lsamd-base's extraction
 MEANINGS = {
     "net2net": "the ancestor itself, nothing trained: evenly spaced blocks, units copied or left out; at 12x192 the "
     "whole ancestor, finetuned",
@@ -166,6 +167,10 @@ def goals(compared: Mapping[str, Any]) -> list[str]:
         f"`{best.name}` less `{base}`, the best start without training: {points(gap)} points in the mean over "
         f"{gap['cells']} cells ({gap['runs']} pairs of runs); worse by more than one standard error in: {lost}."
     )
+    unseen = [cell["mean"] for name, cell in gap["per_cell"].items() if name.split()[1] not in SEEN]
+    if 0 < len(unseen) < gap["cells"]:
+        mean = sum(unseen) / len(unseen)
+        told.append(f"On the sets that it was not trained on ({len(unseen)} cells): {mean:+.1f} points.")
     even = compared["break_even"].get(best.name)
     if even and even["trainings"]:
         never = (

@@ -174,7 +174,8 @@ def _compared(compared: dict[str, Any]) -> str:
             f"{plan['recipe']['epochs']} epochs (`random` and `mimetic`: {plan['fresh']['epochs']}), a head from class "
             "means. Test accuracy in per cent, the mean over shapes and data sets; differences are "
             "paired over cells (a shape on a data set) and seeds, ± the standard error over cells, with the p of a "
-            "sign-flip test. `lsamd-base` was made from five other data sets and pacs; no other saw pacs.",
+            "sign-flip test. `lsamd-base`, and so what is made of it, was trained on pacs and four sets that are not "
+            "among these.",
             _zoo.as_table(compared),
             "\n".join(f"- `{arm}`: {_zoo.MEANINGS[arm]}." for arm in there),
             "\n".join(f"- {line}" for line in _zoo.goals(compared)),
