@@ -33,8 +33,8 @@ MEANINGS = {
     "front": "the ancestor's weights resized by a cosine transform",
     "random": "the same network from timm's own initialisation, 20 epochs",
     "mimetic": "random, with attention that begins as that of trained ViTs (Trockman and Kolter, 2023), 20 epochs",
-    "distilled": "random, taught by the ancestor first, each size by itself, at a twelfth of lsamd-base's extraction",
-    "adapted": "the ancestor, taught at 64 px what it says at 160 px, at a twelfth of lsamd-base's extraction, then "
+    "distilled": "random, taught by the ancestor first, each size by itself, at a 24th of lsamd-base's extraction",
+    "adapted": "the ancestor, taught at 64 px what it says at 160 px, at a 24th of lsamd-base's extraction, then "
     "net2net",
 }
 CARD = (
