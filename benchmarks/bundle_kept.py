@@ -25,6 +25,10 @@ KEPT = {  # name -> blocks, description
         6,
         "Six of lsamd-base's twelve blocks, evenly spaced: half its bytes, for any width in steps of 64.",
     ),
+    "lsamd-mini": (
+        3,
+        "Three of lsamd-base's twelve blocks, evenly spaced: a quarter of its bytes, for any width in steps of 64.",
+    ),
     "lsamd-tiny": (
         4,
         "Four of lsamd-base's twelve blocks, evenly spaced: a third of its bytes, for any width in steps of 64.",
