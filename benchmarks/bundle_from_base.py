@@ -78,10 +78,10 @@ def made(asked: Made, data: Path) -> Learngene:
         "license": base.license,
         "source": f"DeiT-Tiny as lsamd-base (sha256 {base.digest}) grows it at its native shape",
     }
+    ancestor = expand(base, image_size=SIZE if images else None).eval()
     learngene = extract(
-        asked.method, expand(base, image_size=SIZE if images else None).eval(), images, settings=asked.settings, facts=facts,
-        preprocessing=base.preprocessing,
-    )  # fmt: skip
+        asked.method, ancestor, images, settings=asked.settings, facts=facts, preprocessing=base.preprocessing
+    )
     notes = {"command": "python benchmarks/bundle_from_base.py --data DIR", "machine": machine("cpu")}
     notes |= {"terms": {name: terms[name] for name in images}} if images else {}
     return replace(learngene.to(torch.float16), provenance={**learngene.provenance, **notes})

@@ -40,8 +40,9 @@ INSTEAD = [
         f"{ANCESTOR} --teacher {ANCESTOR} --set epochs=1 --set depth=4 --limit 16",
     ),
     # its blocks are not one story: what a line reads or writes under a name that an earlier line used otherwise
-    ("README.md", r"mine-ldr grown", "ldr-base grown-9"),
-    ("README.md", r"mine-ldr(.*) --out trained( .*|$)", r"ldr-base\1 --out trained-12\2"),
+    ("README.md", r"extract ldr ANCESTOR", f"extract ldr {ANCESTOR} --set phases=[1,2] --set epochs=1 --limit 16"),
+    ("README.md", r"mine-ldr grown", "mine-ldr grown-9"),
+    ("README.md", r"mine-ldr(.*) --out trained( .*|$)", r"mine-ldr\1 --out trained-12\2"),
     ("README.md", r"push mine", "push lsamd-base"),
     ("README.md", r"org/mine@v1.0 --to mine", "org/name@v1.0 --to pulled"),
 ]
@@ -62,7 +63,7 @@ def fill(hub: Hub, shell: Shell) -> None:
     """What the pages find on the Hub: DeiT-Tiny's shape under its name, and a learngene at the tag v1.0; and, beside
     ``photos``, a model that was finetuned."""
     text = "learngene expand lsamd-base finetuned --num-labels 3 --image-size 64 -q\n"
-    text += "learngene expand lsamd-base model --num-labels 1000 -q\nlearngene pull lets-base --to name -q\n"
+    text += "learngene expand lsamd-base model --num-labels 1000 -q\nlearngene pull lsamd-mini --to name -q\n"
     shell.run(Block("what is there before a page", 0, "sh", text), text)
     hub.repo(ANCESTOR).commit({path.name: path.read_bytes() for path in (shell.folder / "model").iterdir()})
     hub.repo("org/name").commit({path.name: path.read_bytes() for path in (shell.folder / "name").iterdir()})
