@@ -35,6 +35,9 @@ LEFT_OUT = {  # name -> what it is: made, compared (results/left_out.csv), and n
     "auto-deit-tiny": "DeiT-Tiny's first two and last two blocks, by `auto`",
     "ldr-cifar100": "four components of a DeiT-Tiny finetuned on cifar100, by `ldr`",
     "lets-cifar100": "four small blocks of the same, by `lets`",
+    "ldr-base": "lsamd-base's descendant, by `ldr` from 30,000 images",
+    "lets-base": "the same, by `lets`",
+    "gene-base": "the three blocks of it that `gene-fl` takes for the most sensitive, its first",
 }
 
 

@@ -241,16 +241,14 @@ def as_text(summary: dict[str, Any]) -> str:
 
 
 def best_rival(summary: dict[str, Any]) -> str | None:
-    """The training-free start of the best mean over the cells that all of these have; random where there is none."""
+    """The training-free start that is ahead of most others of them, paired; random where there is none."""
     rivals = summary["training_free"] or [name for name in summary["starts"] if name == RANDOM]
-    shared = [cell["starts"] for cell in summary["cells"] if all(name in cell["starts"] for name in rivals)]
 
-    def mean(name: str) -> float:
-        if not shared:
-            return summary["starts"][name]["accuracy"]
-        return statistics.fmean(starts[name]["mean"] for starts in shared)
+    def beaten(name: str) -> tuple[int, float]:
+        gaps = [gap["mean"] for other in rivals if (gap := summary["differences"][name].get(other))]
+        return sum(gap > 0 for gap in gaps), summary["starts"][name]["accuracy"]
 
-    return max(rivals, key=mean, default=None)
+    return max(rivals, key=beaten, default=None)
 
 
 def difference(gap: dict[str, Any]) -> str:
