@@ -57,13 +57,13 @@ def write_all(results: Path) -> str:
     return "\n\n".join(told)
 
 
-def _figure(columns: int, lines: int = 1, height: float = 3.4) -> Any:
+def _figure(columns: int, lines: int = 1, height: float = 3.4, width: float = 3.9) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(lines, columns, figsize=(3.9 * columns, height * lines), squeeze=False)
+    figure, axes = plt.subplots(lines, columns, figsize=(width * columns, height * lines), squeeze=False)
     return figure, list(axes.flat)
 
 
@@ -120,7 +120,7 @@ def _by_epochs(summary: dict[str, Any], results: Path) -> None:
             epochs = sorted(set.intersection(*(set(map(int, course)) for course in courses))) if courses else []
             means = [sum(course[str(epoch)] for course in courses) / len(courses) for epoch in epochs]
             panel.plot(epochs, means, **_style(start))
-        panel.set_xscale("symlog", linthresh=1)
+        panel.set_xscale("symlog", linthresh=1, linscale=0.3)
         panel.set_xticks([0, 1, 2, 3, 5, 10, 20], ["0", "1", "2", "3", "5", "10", "20"])
         panel.minorticks_off()
         panel.set_title(f"{data}: test accuracy, %", loc="left", fontsize=10)
@@ -131,7 +131,7 @@ def _by_epochs(summary: dict[str, Any], results: Path) -> None:
         figure,
         panels[: len(sets)],
         results / "compare_epochs.png",
-        "Mean over four shapes; epoch 0: the head from class means",
+        "Mean over the shapes that a start has; epoch 0: the head from class means",
     )
 
 
@@ -151,7 +151,7 @@ def storage(summary: dict[str, Any], name: str = "lsamd-base") -> dict[str, Any]
 def _by_sizes(summary: dict[str, Any], results: Path) -> None:
     """Bytes stored against the number of sizes that are to be had."""
     found = storage(summary)
-    figure, (panel,) = _figure(1, height=3.8)
+    figure, (panel,) = _figure(1, height=4.0, width=7.0)
     counts = range(1, len(SIZES) + 1)
     sums = [sum(sorted(found["checkpoints"])[:count]) / 1e6 for count in counts]
     panel.plot(counts, sums, color="#3b6ea8", marker="s", label="a checkpoint of each size")
