@@ -27,7 +27,6 @@ MEANINGS = {
     "net2net-6": "the same from six blocks of it, 5.7 MB",
     "net2net-4": "the same from four blocks of it, 3.9 MB",
     "net2net-3": "the same from three blocks of it, 3.1 MB",
-    "net2net-2": "the same from two blocks of it, 2.2 MB",
     "first": "the same with the first blocks of the ancestor",
     "weight-selection": "evenly spaced units of the ancestor (Xu et al., ICLR 2024)",
     "front": "the ancestor's weights resized by a cosine transform",

@@ -109,6 +109,8 @@ def compare(
     if processes > 1 and not summarise:
         out.note("Other processes may still run; the same command with --summarise tells of all their rows")
     rows = comparison.read_rows(path)
+    if not rows and failed:
+        raise errors.TrainingError(f"all {failed} runs failed, as told above; {path} was not written")
     if not rows:
         raise errors.StoreError(
             f"{path} holds no runs; learngene compare START --shapes 6x192 --data SOURCE makes some"

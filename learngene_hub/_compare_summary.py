@@ -225,7 +225,7 @@ def as_text(summary: dict[str, Any]) -> str:
         stored = f"{facts['stored_bytes'] / 1e6:.1f} MB" if facts["stored_bytes"] else "-"
         lines.append(f"{name:<20}{facts['accuracy']:>9.2f}{facts['cells']:>7}{stored:>10}{told:>12}")
     base = best_rival(summary)
-    if base is None:
+    if base is None or len(ranked) == 1:
         return "\n".join(lines)
     lines += ["", f"less {base}, paired:"]
     for name, _ in ranked:

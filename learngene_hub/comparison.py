@@ -77,7 +77,8 @@ def compare(plan: Plan, out: str | Path, *, workers: int = 1, devices: tuple[str
         devices: jobs are dealt out to them in turn.
 
     Raises:
-        SettingsError, DataError, RegistryError, StoreError: something of the plan is not there; nothing was run.
+        SettingsError, RegistryError, StoreError: a start, or what it is made from, is not there; nothing was run. Data
+            that is not there fails the runs on it, each a ``Done`` with its error.
     """
     rank, world, local = _jobs.share()
     mine = (devices[local % len(devices)],) if world > 1 else devices

@@ -260,7 +260,7 @@ def test_the_command_tells_and_summarises(tmp_path: Path, monkeypatch: pytest.Mo
     for args, said in (
         (("compare",), "a plan without starts"),
         (("compare", "--summarise", "--out", "none.csv"), "holds no runs"),
-        (("compare", "random", "--shapes", "6x64", "--data", "./nowhere"), "nowhere"),
+        (("compare", "random", "--shapes", "6x64", "--data", "./nowhere", "--out", "new.csv"), "all 1 runs failed"),
         (("compare", "no-such-learngene", "--shapes", "6x64", "--data", "signdigits"), "no-such-learngene"),
     ):
         refused = run(*args)
