@@ -20,6 +20,7 @@ from learngene_hub import (
     _export,
     _extraction,
     _federate,
+    _finetune,
     _fit_size,
     _pool_commands,
     _registry_commands,
@@ -280,7 +281,7 @@ def _grow(name: str, folder: Path, asked: dict[str, Any], dtype: str, seed: int)
 
 
 app.command()(verb(_extraction.extract, {errors.ShapeError: "learngene methods {method}"}))
-app.command()(verb(_workshop.finetune))
+app.command()(verb(_finetune.finetune))
 app.command()(verb(_workshop.evaluate))
 app.command()(verb(_compare.compare, {errors.TrainingError: "the same command, once what is told above is mended"}))
 app.command()(verb(_export.export))

@@ -71,6 +71,7 @@ ROOMS = [
     [
         "cli",
         "_workshop",
+        "_finetune",
         "_export",
         "_extraction",
         "_exchange",
