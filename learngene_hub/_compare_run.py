@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +33,17 @@ def key_of(plan: Plan, job: Job) -> tuple[Job, str, str]:
     """``Row.key`` of a run of ``job`` made now."""
     data = next(each for each in plan.data if each.name == job.data)
     return job, plan.identity(plan.start(job.start), data), digest_of(plan, job)
+
+
+def require_data(data: Sequence[Data]) -> None:
+    """Look at one image of each split, so that data that is not there is told before the first run.
+
+    Raises:
+        DataError: a split is not there, or its first image cannot be read.
+    """
+    for each in data:
+        for split in ("train", "test"):
+            load_images(each.source, split=split, limit=1)
 
 
 def measure(given: tuple[Job, str], plan: Plan, out: Path) -> Row:

@@ -165,7 +165,10 @@ def hub_rows(
     try:
         table = datasets.load_dataset(source, split=split)
     except Exception as error:  # the client raises dozens of classes, all of which mean: not there or not readable
-        raise DataError(f"data set {source!r}, split {split!r}, cannot be had from the Hub: {_line(error)}") from error
+        raise DataError(
+            f"no file or folder {source!r}, and as a data set, split {split!r}, it cannot be had from the Hub: "
+            f"{_line(error)}"
+        ) from error
     features = {name: _feature(feature) for name, feature in table.features.items()}
     image, label = choose_columns(
         list(table.column_names), features, image_column, label_column, source, unlabelled=unlabelled

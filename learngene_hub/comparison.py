@@ -30,7 +30,7 @@ from learngene_hub._compare_plan import Plan as Plan
 from learngene_hub._compare_plan import Start as Start
 from learngene_hub._compare_row import Job as Job
 from learngene_hub._compare_row import Row as Row
-from learngene_hub._compare_run import key_of, measure
+from learngene_hub._compare_run import key_of, measure, require_data
 from learngene_hub._compare_summary import as_text as as_text
 from learngene_hub._compare_summary import summarise as summarise
 from learngene_hub._jobs import JobT
@@ -77,19 +77,20 @@ def compare(plan: Plan, out: str | Path, *, workers: int = 1, devices: tuple[str
         devices: jobs are dealt out to them in turn.
 
     Raises:
-        SettingsError, RegistryError, StoreError: a start, or what it is made from, is not there; nothing was run. Data
-            that is not there fails the runs on it, each a ``Done`` with its error.
+        SettingsError, RegistryError, StoreError, DataError: a start, what it is made from, or a split of the data is
+            not there; nothing was run. What fails later is a ``Done`` with its error.
     """
     rank, world, local = _jobs.share()
     mine = (devices[local % len(devices)],) if world > 1 else devices
-    makings = required(plan)
+    makings, asked = required(plan), {job.data for job in _missing(plan, out)}
+    require_data([data for data in plan.data if data.name in asked])
     alone = workers == 1 and world == 1  # else in new processes, which no launcher's variables bind together
     for _, _, error in _run(makings[rank::world], partial(make, plan=plan, device=mine[0]), workers, alone):
         if error is not None:
             raise error
     _wait_for([making.path(plan) for making in makings])
-    known = {row.key for row in read_rows(out)}
-    todo = [job for job in list(plan.jobs())[rank::world] if key_of(plan, job) not in known]
+    share = set(list(plan.jobs())[rank::world])
+    todo = [job for job in _missing(plan, out) if job in share]
     dealt = [(job, mine[count % len(mine)]) for count, job in enumerate(todo)]
     work = partial(measure, plan=plan, out=Path(out))
     for count, ((job, _), row, error) in enumerate(_run(dealt, work, workers, alone), start=1):
@@ -97,6 +98,12 @@ def compare(plan: Plan, out: str | Path, *, workers: int = 1, devices: tuple[str
             _jobs.append_row(out, row)
         unreachable = isinstance(error, ShapeError)
         yield Done(job=job, count=count, of=len(todo), row=row, error=error, out_of_reach=unreachable)
+
+
+def _missing(plan: Plan, out: str | Path) -> list[Job]:
+    """The runs of the plan that are not in the file."""
+    known = {row.key for row in read_rows(out)}
+    return [job for job in plan.jobs() if key_of(plan, job) not in known]
 
 
 def _run(

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_pico
+from PIL import Image
 from test_cli import Result
 from typer.testing import CliRunner
 
@@ -257,14 +258,22 @@ def test_the_command_tells_and_summarises(tmp_path: Path, monkeypatch: pytest.Mo
     assert shown.code == 0 and "a after 1 epoch is ahead of random after 20 in 1 of 1 cells" in shown.out
     facts = json.loads(run("compare", "--summarise", "--json").out)
     assert facts["starts"]["a"]["accuracy"] == 40.0 and facts["path"] == "compared.csv"
+    new, broken = ("compare", "random", "--shapes", "1x64", "--out", "new.csv"), tmp_path / "broken"
+    for name in ("train/a/0", "train/b/0", "train/b/1", "test/a/0", "test/b/0"):
+        (broken / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(broken / f"{name}.png")
+    (broken / "train" / "a" / "9.png").write_text("no image")
     for args, said in (
         (("compare",), "a plan without starts"),
         (("compare", "--summarise", "--out", "none.csv"), "holds no runs"),
-        (("compare", "random", "--shapes", "6x64", "--data", "./nowhere", "--out", "new.csv"), "all 1 runs failed"),
+        ((*new, "--data", "./nowhere"), "no file or folder './nowhere'"),
+        ((*new, "--data", "signdigits", "--data", "./nowhere"), "no file or folder './nowhere'"),
+        ((*new, "--data", str(broken)), "all 1 runs failed"),
         (("compare", "no-such-learngene", "--shapes", "6x64", "--data", "signdigits"), "no-such-learngene"),
     ):
         refused = run(*args)
         assert refused.code == 1 and said in refused.err and "Traceback" not in refused.err, (args, refused)
+        assert not (tmp_path / "new.csv").exists(), "before the data is looked at, nothing is run"
     assert run("compare", "random", "--seeds", "a").code == 2
 
 

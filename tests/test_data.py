@@ -184,7 +184,8 @@ class TestSources:
         with pytest.raises(DataError) as caught:
             load_images("nobody/nothing")
         assert str(caught.value) == (
-            "data set 'nobody/nothing', split 'train', cannot be had from the Hub: Couldn't reach the Hub"
+            "no file or folder 'nobody/nothing', and as a data set, split 'train', it cannot be had from the Hub: "
+            "Couldn't reach the Hub"
         )
 
     def test_datasets_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
