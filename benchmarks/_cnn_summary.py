@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _summary import rounded as spread
 from cnn import ANCHOR, TWIN, Job, Row, arms_of
 
 BACKWARD = 3  # the FLOPs of a training step over those of its forward
@@ -22,12 +23,6 @@ WHOLE = "-whole"
 def newest(rows: Sequence[Row]) -> list[Row]:
     """One row per cell: the last."""
     return list({row.job: row for row in rows}.values())
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, deviation (of two and more) and count."""
-    deviation = round(statistics.stdev(values), 2) if len(values) > 1 else None
-    return {"mean": round(statistics.mean(values), 2), "sd": deviation, "n": len(values)}
 
 
 def difference(rows: Sequence[Row], set: str, arm: str, base: str, place: int) -> dict[str, Any]:

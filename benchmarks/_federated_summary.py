@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from _summary import rounded as spread
 from federated import Row, current
 
 BASE, OURS = "fedavg", "gene-fl"
@@ -21,12 +22,6 @@ COLOURS = {
     "gene-fl": "#0b6e4f", "early": "#7fb89f", "late": "#b7d7c8", "local": "#999999", "fedavg": "#3b6ea8",
     "fedprox": "#8a6fae", "fedavg-bytes": "#d08c1d", "gene-fl-stable": "#c26e6e",
 }  # fmt: skip
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, deviation (None of one) and count."""
-    deviation = round(statistics.stdev(values), 2) if len(values) > 1 else None
-    return {"mean": round(statistics.mean(values), 2), "sd": deviation, "n": len(values)}
 
 
 def difference(mine: Sequence[Row], theirs: Sequence[Row], number: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _summary import rounded
 from learned import EPOCHS, Row
 
 from learngene_hub._card_results import score
@@ -57,10 +58,7 @@ def accuracy(row: Row, epoch: int) -> float:
 def spread(values: Sequence[float]) -> dict[str, Any]:
     """Mean, deviation (of two and more) and count of what is there."""
     found = [value for value in values if not math.isnan(value)]
-    if not found:
-        return {"n": 0}
-    deviation = round(statistics.stdev(found), 2) if len(found) > 1 else None
-    return {"mean": round(statistics.mean(found), 2), "sd": deviation, "n": len(found)}
+    return rounded(found) if found else {"n": 0}
 
 
 def difference(rows: Sequence[Row], arm: str, base: str, epoch: int, shape: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _summary import rounded
 from parts import EPOCHS, SCRATCH, Row
 
 from learngene_hub._card_results import score
@@ -46,7 +47,6 @@ MEANINGS = {
     "net2net": "the whole ancestor, pre-trained and finetuned; evenly spaced blocks of it at a smaller depth",
     "scratch": "timm's own initialisation",
 }
-CONTROLS = {"auto": "six-random", "heuristic": "three-random+stem", "cluster": "net2net"}  # of a method's card
 
 
 def newest(rows: Sequence[Row]) -> list[Row]:
@@ -61,10 +61,7 @@ def accuracy(row: Row, epoch: int) -> float:
 
 def spread(values: Sequence[float]) -> dict[str, Any] | None:
     """Mean, deviation (of two and more) and count; None where there is nothing."""
-    if not values:
-        return None
-    deviation = round(statistics.stdev(values), 2) if len(values) > 1 else None
-    return {"mean": round(statistics.mean(values), 2), "sd": deviation, "n": len(values)}
+    return rounded(values) if values else None
 
 
 def difference(rows: Sequence[Row], arm: str, base: str, epoch: int) -> dict[str, Any] | None:
@@ -143,51 +140,6 @@ def summary(rows: Sequence[Row], config: dict[str, Any]) -> dict[str, Any]:
 
 def _has(rows: Sequence[Row], name: str) -> bool:
     return any(row.set == name for row in rows)
-
-
-def as_card(found: dict[str, Any], method: str) -> dict[str, Any]:
-    """The same as results of a card of this method's learngene."""
-    tables, base, tuning = (
-        [t for t in found["tables"].values() if t["method"] == method],
-        CONTROLS[method],
-        found["tuning"],
-    )
-    arms = list(dict.fromkeys(arm for table in tables for arm in table["accuracy"]))
-    cells: dict[tuple[str, str], dict[str, Any]] = {}
-    for table in tables:
-        for arm, by_set in table["accuracy"].items():
-            for name, by_epoch in by_set.items():
-                cells.setdefault((table["shape"], name), {})[arm] = by_epoch[str(LAST)]
-    counts = {name: f"{part['train']:,}" if part["train"] else "all" for name, part in found["sets"].items()}
-    images = ", ".join(f"{count} images of {name}" for name, count in counts.items())
-    return {
-        "number": f"test accuracy after {LAST} epochs",
-        "recipe": f"{images} at 64 px, AdamW, constant rate {tuning['lr']:g} (scratch: {tuning['scratch_lr']:g}), "
-        f"batch {tuning['batch_size']}, random crops and flips, a fresh head; each seed has an extraction of its own, "
-        "the first of which is bundled",
-        "meanings": {arm: MEANINGS[arm] for arm in arms},
-        "base": base,
-        "digests": {arm: found["digests"][arm] for arm in arms if arm != SCRATCH},
-        "overall": {arm: None for arm in arms},
-        "cells": [{"shape": shape, "set": name, "arms": by_arm} for (shape, name), by_arm in cells.items()],
-        f"minus_{base}": {arm: _minus(tables, arm, base) for arm in arms if _against(tables, arm, base)},
-    }  # fmt: skip
-
-
-def _against(tables: Sequence[dict[str, Any]], arm: str, base: str) -> list[dict[str, Any]]:
-    """The comparisons in which the arm is the method's own and meets the base."""
-    return [table for table in tables if base in table["differences"].get(arm, {})]
-
-
-def _minus(tables: Sequence[dict[str, Any]], arm: str, base: str) -> dict[str, Any]:
-    """The arm less the base: of the first comparison, in all, and per shape and set of each."""
-    there = _against(tables, arm, base)
-    by_cell = {}
-    for table in there:
-        gaps, names = table["differences"][arm][base], list(next(iter(table["accuracy"].values())))
-        for name in names:
-            by_cell[f"{table['shape']} {name}"] = gaps.get(name, gaps["overall"])[str(LAST)]
-    return {"overall": there[0]["differences"][arm][base]["overall"][str(LAST)], "per_shape_and_set": by_cell}
 
 
 def table_text(table: dict[str, Any]) -> str:

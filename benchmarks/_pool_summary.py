@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from _pool_cost import recipe_of
+from _summary import rounded as spread
 from pool import COST, Row, current
 
 from learngene_hub._card_results import score
@@ -34,7 +35,6 @@ MEANINGS = {
 ASIDE = ("pool-start", "pool-ls-start", "pool-wide", "pool-wide-ls")  # arms of one seed, that explain others
 WHOLE = "sn-net"  # stores the whole ancestor
 GATHERED = {"alone-64": "alone", "alone-128": "alone"}  # arms that are one in tables
-ON_CARDS = ("pool", "pool-ls", "sn-net-scratch", "sn-net-cut", "alone", "net2net", "net2net-all")
 BUDGETS = (400_000, 600_000, 800_000, 1_000_000, 1_200_000, 1_400_000)  # parameters
 COLOURS = {
     "pool": "#0b6e4f",
@@ -47,12 +47,6 @@ COLOURS = {
     "net2net-all": "#222222",
 }
 Spread = dict[str, Any]  # mean, sd (None of one), n
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Mean, deviation and count."""
-    deviation = round(statistics.stdev(values), 2) if len(values) > 1 else None
-    return {"mean": round(statistics.mean(values), 2), "sd": deviation, "n": len(values)}
 
 
 def gathered(row: Row) -> str:
@@ -168,45 +162,6 @@ def summary(rows: Sequence[Row], config: Mapping[str, Any]) -> dict[str, Any]:
             if config["arms"][arm]["kind"] in ("pool", "scratch", "sn-net")
         },
     }  # fmt: skip
-
-
-def as_card(found: Mapping[str, Any], own: str = BUNDLED) -> dict[str, Any]:
-    """The same as results of the card of the pool of an arm: its routes, and what other arms have of their shapes."""
-    arms = [own, *(arm for arm in ON_CARDS if arm in found["networks"] and arm != own)]
-    parts, data, base = ("mean", "sd", "n"), found["data"], found["base"]
-    spent = found["compute"][found["reference"]]["total"]
-    return {
-        "number": "test accuracy",
-        "recipe": f"{data['train']:,} images of {data['data']} at {data['image_size']} px, AdamW, random crops and "
-        f"flips, the same training compute for every arm ({spent:.1f} x 10^12 FLOPs, "
-        f"extraction included; net2net: its share of that); each seed has an extraction of its own, the first of "
-        f"which is bundled; {data['test']:,} test images",
-        "meanings": {arm: ("this learngene: " if arm == own else "") + MEANINGS[arm] for arm in arms},
-        "base": base,
-        "digests": {arm: found["digests"][arm] for arm in arms},
-        "overall": {arm: None for arm in arms},
-        "cells": [
-            {
-                "shape": route,
-                "set": data["data"],
-                "arms": {
-                    arm: {part: found["networks"][arm][route][part] for part in parts}
-                    if route in found["networks"][arm]
-                    else None
-                    for arm in arms
-                },
-            }
-            for route in found["networks"][own]
-        ],
-        f"minus_{base}": {
-            own: {
-                "overall": found["overall"][own],
-                "per_shape_and_set": {
-                    f"{route} {data['data']}": part for route, part in found["per_route"][own].items()
-                },
-            }
-        },
-    }
 
 
 def table(by_arm: Mapping[str, Mapping[str, Any]]) -> str:

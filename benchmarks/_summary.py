@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from _arms import ARMS, Row
+
+from learngene_hub._compare_summary import spread
 
 MARKS = {  # arm -> colour, marker
     "rows": ("#3b6ea8", "s"),
@@ -57,10 +58,10 @@ def _of_cell(runs: dict[Cell, float], shape: str, data: str) -> list[float]:
     return [value for cell, value in runs.items() if cell[:2] == (shape, data)]
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, sample standard deviation (None of a single one) and number."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "sd": deviation, "n": len(values)}
+def rounded(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None of a single one) and number, to two places."""
+    found = spread(values)
+    return found | {key: value and round(value, 2) for key, value in found.items() if key != "n"}
 
 
 def paired(one: dict[Cell, float], other: dict[Cell, float]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import _zoo  # noqa: E402
 import compare  # noqa: E402
 import write_numbers  # noqa: E402
 
+from learngene_hub import Learngene  # noqa: E402
 from learngene_hub.comparison import Plan, read_rows, summarise  # noqa: E402
 from learngene_hub.registry import Registry  # noqa: E402
 
@@ -101,3 +103,21 @@ def test_the_goals_that_readme_tells_are_those_of_the_file() -> None:
     assert all(line in readme for line in _zoo.goals(compared))
     between = readme.split(write_numbers.ZOO_BEGIN)[1].split(write_numbers.ZOO_END)[0]
     assert between == f"\n{write_numbers.zoo_part()}\n", "make numbers"
+
+
+def test_the_extraction_of_lsamd_base_costs_what_its_file_and_settings_say() -> None:
+    """The plan's FLOPs, beside the dearest that the counted images can have cost: every path with all blocks."""
+    made = Learngene.from_pretrained("lsamd-base")
+    settings = yaml.safe_load((ROOT / "benchmarks" / "lsamd_base.yaml").read_text())
+    lsamd, width, said = settings["lsamd"], settings["width"], made.provenance
+    at = {size: replace(made.shape, image_size=size, classes=0).flops() for size in (64, lsamd["distil_size"])}
+    per_update = said["images_seen"] / said["steps"]
+    searched = 0.6 * said["steps"] / lsamd["alpha_every"] * per_update * 2  # phase B; the block, and it with an adapter
+    taught = sum(min(facts["images"], lsamd["distil_limit"]) for facts in said["data"].values())
+    widened = said["width"]["settings"]["steps_per_epoch"] * width.get("batch_size", 64)
+    narrow = sum(replace(made.shape, width=w, heads=w // 64, image_size=64, classes=0).flops() for w in width["widths"])
+    dearest = 3 * at[64] * (said["images_seen"] + searched) + at[lsamd["distil_size"]] * taught
+    dearest += widened * (at[64] + 3 * narrow / 2)
+    plan = yaml.safe_load((ROOT / "benchmarks" / "compare.yaml").read_text())["starts"]
+    told = {float(plan[name]["extraction_flops"]) for name in plan if plan[name] and "extraction_flops" in plan[name]}
+    assert len(told) == 1 and 0.8 * dearest < told.pop() <= dearest

@@ -29,7 +29,6 @@ from _pool_arms import Bench, Sources  # noqa: E402
 from _pool_cost import Arm, cost_of  # noqa: E402
 
 from learngene_hub import Descendant, Learngene, factory  # noqa: E402
-from learngene_hub._card_results import read_results  # noqa: E402
 from learngene_hub.methods._stitch_growth import accuracies, net_of  # noqa: E402
 from learngene_hub.methods._stitch_net import resized  # noqa: E402
 from learngene_hub.methods.learngene_pool import Auxiliary  # noqa: E402
@@ -309,14 +308,6 @@ def test_summary_by_hand(rows: list[pool.Row]) -> None:
     assert found["chosen"]["pool"]["1400000"]["routes"] == ["6x64", "6x128"]
     assert found["chosen"]["pool"]["1400000"]["mean"] == 11.0 and found["chosen"]["pool"]["1400000"]["best"] == 13.0
     assert found["chosen"]["sn-net"]["400000"] is None
-
-
-def test_a_card_can_tell_it(rows: list[pool.Row]) -> None:
-    found = _pool_summary.as_card(_pool_summary.summary([replace(r, digest=r.arm) for r in rows], SETTINGS), "pool")
-    own, prose = read_results(found, "pool", ["cifar100"])
-    assert [(name, value) for name, _, value in own] == [("cifar100", 12.0), ("cifar100", 12.0)]
-    assert "| 6x128 | cifar100 | 12.0 ± 0.0 | 10.0 ± 0.0 | 16.5 ± 0.7 |" in prose
-    assert "pool less sn-net-scratch, paired: +2.00 ± 1.00 points over 2 runs" in prose
 
 
 def test_summarise_writes_json_and_plot(
