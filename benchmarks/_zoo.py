@@ -27,6 +27,7 @@ MEANINGS = {
     "net2net-6": "the same from six blocks of it, 5.7 MB",
     "net2net-4": "the same from four blocks of it, 3.9 MB",
     "net2net-3": "the same from three blocks of it, 3.1 MB",
+    "full": "the whole ancestor, finetuned at its own 12x192 alone; beside each shape of the others",
     "first": "the same with the first blocks of the ancestor",
     "weight-selection": "evenly spaced units of the ancestor (Xu et al., ICLR 2024)",
     "front": "the ancestor's weights resized by a cosine transform",
@@ -74,7 +75,9 @@ def _verdict(compared: Mapping[str, Any], few: Mapping[str, Any] | None, name: s
     within = [
         other
         for other in compared["training_free"]
-        if starts[other]["stored_bytes"] <= SLACK * starts[name]["stored_bytes"] and gaps.get(other)
+        if starts[other]["kind"] != "full"  # which has one size
+        and starts[other]["stored_bytes"] <= SLACK * starts[name]["stored_bytes"]
+        and gaps.get(other)
     ]
     rival = min(within, key=lambda other: gaps[other]["mean"], default="")
     axes = ["accuracy"] if is_ahead(gaps[base]) else []

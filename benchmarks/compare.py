@@ -26,7 +26,7 @@ from learngene_hub.data import SAMPLES
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-PLANS = ("compare", "few", "speedups", "epochs")
+PLANS = ("compare", "few", "speedups", "epochs", "deep")
 
 
 def with_paths(plan: dict[str, Any], folder: Path, ancestor: Path, work: Path) -> dict[str, Any]:

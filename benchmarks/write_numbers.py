@@ -37,6 +37,7 @@ LEFT_OUT = {  # name -> what it is: made, compared (results/left_out.csv), and n
     "lets-cifar100": "four small blocks of the same, by `lets`",
     "ldr-base": "lsamd-base's descendant, by `ldr` from 30,000 images",
     "lets-base": "the same, by `lets`",
+    "sws-base": "four blocks of it, each trained for three places, by `sws` from 10,000 images seen six times",
     "gene-base": "the three blocks of it that `gene-fl` takes for the most sensitive, its first",
 }
 

@@ -13,7 +13,7 @@
 
 A start's name says what it is, unless its facts do:
 
-    learngene   a name of a registry, a path, org/repo
+    learngene   a name of a registry, a path, org/repo; settings: of growth, over those of its file
     method      one of METHODS, with settings, and data (name -> source), limit, of its extraction from the ancestor, of
                 which with ``blocks`` so many, evenly spaced, are kept first
     baseline    "random" (timm's own), "mimetic" (``_mimetic.py``); "even", "first": net2net of evenly spaced, of the
@@ -71,7 +71,7 @@ class Start:
     name: str
     kind: str  # learngene, method, or one of BASELINES
     source: str = ""  # the learngene's name, or the method's
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of the method
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of the method; of a learngene its growth
     data: Mapping[str, str] = field(default_factory=dict)  # of its extraction
     limit: int | None = None  # images of each of them
     blocks: int | None = None  # the ancestor is cut to so many, evenly spaced, before a method gets it
@@ -247,6 +247,7 @@ class Plan:
             "head": self.head_of(start),
             "size": self.image_size,
             "images": [data.images, data.per_class, self.tested],
+            **({"growth": start.settings} if start.kind == "learngene" and start.settings else {}),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 

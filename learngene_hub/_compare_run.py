@@ -22,7 +22,7 @@ from learngene_hub._jobs import read_rows
 from learngene_hub._mimetic import write_mimetic
 from learngene_hub.data import Images, load_images
 from learngene_hub.errors import ShapeError
-from learngene_hub.factory import evaluate, expand, finetune
+from learngene_hub.factory import evaluate, expand, finetune, with_settings
 from learngene_hub.shape import IMAGENET, Preprocessing, ViTShape, shape_of
 from learngene_hub.training import state_digest
 
@@ -130,6 +130,8 @@ def _begun(job: Job, plan: Plan, start: Start, classes: int) -> tuple[nn.Module,
             facts | dict.fromkeys(("extraction_images", "extraction_flops", "extraction_seconds"), 0.0),
         )
     learngene, nbytes = learngene_of(plan, job)
+    if start.kind == "learngene":
+        learngene = with_settings(learngene, start.settings)
     native = job.shape == "native"
     depth, width = (learngene.shape.depth, learngene.shape.width) if native else parse_shape(job.shape)
     model = expand(

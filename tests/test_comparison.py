@@ -27,6 +27,7 @@ from learngene_hub.comparison import Job, Plan, Row, Start, as_text, compare, re
 from learngene_hub.errors import LearngeneError, SettingsError, StoreError
 from learngene_hub.learngene import Learngene
 from learngene_hub.shape import ViTShape
+from learngene_hub.training import state_digest
 
 
 def run(*args: str | Path) -> Result:
@@ -232,6 +233,23 @@ def test_what_began_with_the_same_weights_is_not_trained_twice(plan: Plan, tmp_p
     assert first is not None and second is not None
     assert (first.same_as, second.same_as) == ("", first.start) and second.accuracies == first.accuracies
     assert second.extraction_images == 7 and second.digest != first.digest and second.wall_seconds == first.wall_seconds
+
+
+def test_growth_settings_of_a_learngene_are_a_start_of_their_own(plan: Plan, tmp_path: Path) -> None:
+    """Five blocks of three: by default copies share an update, and with "repeat" copy each writes all of it."""
+    out, name = tmp_path / "rows.csv", plan.starts[0].name
+    copied = Start.of("copied", {"learngene": name, "settings": {"repeat": "copy"}})
+    both = dataclasses.replace(plan, starts=(plan.starts[0], copied), shapes=("5x64",))
+    rows = {done.row.start: done.row for done in compare(both, out) if done.row}
+    pico = Learngene.load(tmp_path / "pico/learngene.safetensors")
+    for start, repeat in ((name, "share"), ("copied", "copy")):
+        changed = dataclasses.replace(pico, settings={**pico.settings, "repeat": repeat})
+        grown = expand(changed, depth=5, width=64, num_labels=10, image_size=32, seed=0)
+        assert rows[start].begun == state_digest(grown)[:16], start
+    assert rows[name].recipe != rows["copied"].recipe and len({row.begun for row in rows.values()}) == 2
+    wrong = dataclasses.replace(both, starts=(Start.of("odd", {"learngene": name, "settings": {"repeated": "copy"}}),))
+    (failed,) = compare(wrong, out)
+    assert isinstance(failed.error, SettingsError)
 
 
 def test_each_process_of_a_launcher_takes_its_share(

@@ -654,12 +654,18 @@ def test_the_control_base_even_extracts_evenly_spaced_blocks() -> None:
         assert {n.split(".")[1] for n in learngene.tensors if n.startswith("block.")} == kept
 
 
+@pytest.mark.parametrize("repeat", ["copy", "share"])
 @pytest.mark.parametrize("depth", [2, 4, 6, 9])
-def test_the_blocks_of_a_descendant_are_those_of_the_table(twelve: Learngene, depth: int) -> None:
-    grown = factory.expand(twelve, depth=depth).state_dict()
-    for place, position in enumerate(Lsamd().positions(twelve, depth)):
+def test_the_blocks_of_a_descendant_are_those_of_the_table(twelve: Learngene, depth: int, repeat: str) -> None:
+    """Where a block occurs c times, "share" divides by c what each copy adds to the residual stream; no more."""
+    assert Lsamd().repeat == "share"
+    grown = factory.expand(replace(twelve, settings={"repeat": repeat}), depth=depth).state_dict()
+    positions = Lsamd().positions(twelve, depth)
+    for place, position in enumerate(positions):
+        copies = positions.count(position) if repeat == "share" else 1
         for key, tensor in twelve.group(f"block.{position}").items():
-            assert torch.equal(grown[f"blocks.{place}.{key}"], tensor)
+            wanted = tensor / copies if key.startswith(("attn.proj.", "mlp.fc2.")) else tensor
+            assert torch.equal(grown[f"blocks.{place}.{key}"], wanted)
 
 
 def test_random_fill_leaves_fresh_blocks_between(twelve: Learngene) -> None:

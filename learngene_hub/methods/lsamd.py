@@ -52,7 +52,7 @@ class Lsamd:
     paper: ClassVar[str] = "https://arxiv.org/abs/2605.08209"
     note: ClassVar[str] = (
         "Only the paper's abstract could be read: whatever is more exact than that is this project's reading. "
-        "A depth beyond the stored blocks repeats them."
+        "A depth beyond the stored blocks repeats them, each copy with its share of the block's update."
     )
     groups: ClassVar[frozenset[str]] = frozenset({"stem", "block", "tail", "search", "width"})
     growth: ClassVar[frozenset[str]] = frozenset({"select", "fill", "repeat", "form"})
@@ -106,7 +106,7 @@ class Lsamd:
     fill: str = (
         "nearest"  # what a larger depth repeats: the nearest block, or fresh blocks between ("vanilla learngene")
     )
-    repeat: str = "copy"  # a repeated block: as it is, or "share": each copy writes its share of the block's update
+    repeat: str = "share"  # each copy of a block writes its share of the block's update; or all of it: "copy"
     form: str = "copy"  # the width transform's form
 
     def __post_init__(self) -> None:
