@@ -6,6 +6,7 @@ import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,7 +69,9 @@ ConstrainedOption = Annotated[
 ]
 TrainSplitOption = Annotated[str, typer.Option("--train-split", help="The split to train on.")]
 TestSplitOption = Annotated[str, typer.Option("--test-split", help="The split to test on; '' for none.")]
-EpochsOption = Annotated[int, typer.Option("--epochs", help="Passes over the training images.")]
+EpochsOption = Annotated[
+    int | None, typer.Option("--epochs", help="Passes over the training images [3; 10 of fewer than 1,000 images].")
+]
 RateOption = Annotated[float, typer.Option("--lr", help="Peak learning rate.")]
 HeadOption = Annotated[
     str,
@@ -100,7 +103,7 @@ def finetune(
     constrained: ConstrainedOption = False,
     train_split: TrainSplitOption = "train",
     test_split: TestSplitOption = "test",
-    epochs: EpochsOption = 3,
+    epochs: EpochsOption = None,
     lr: RateOption = 3e-4,
     batch_size: BatchOption = 64,
     head: HeadOption = "auto",
@@ -126,11 +129,11 @@ def finetune(
     learngene finetune my-ldr --depth 12 --set components=4 --constrained --data photos/ --out trained
     """
     from learngene_hub.factory import state_digest
-    from learngene_hub.training import Recipe, process
+    from learngene_hub.training import Recipe, default_epochs, process
 
     recipe = Recipe(
-        epochs=epochs, lr=lr, batch_size=batch_size, precision=precision, compile=compile, seed=seed,
-        layer_decay=layer_decay,
+        epochs=1 if epochs is None else epochs, lr=lr, batch_size=batch_size, precision=precision, compile=compile,
+        seed=seed, layer_decay=layer_decay,
     )  # fmt: skip
     _require_head(head, constrained)
     pixels, growth = one_size(image_size, size), read_settings(None, settings or [])
@@ -152,6 +155,8 @@ def finetune(
         for each in images:
             tell_skipped(out, each)
         tell_left_out(out, images[0], batch_size)
+        if epochs is None:
+            recipe = replace(recipe, epochs=default_epochs(len(images[0])))
         began = time.perf_counter()
         tuned = _tuned(learngene, grown, growth, seed) if learngene else grown.timm_model
         identity = {"weights at the start": state_digest(tuned), "head": head}

@@ -47,6 +47,7 @@ Batches = Callable[[int], Iterable[Any]]
 Loss = Callable[[Any, Any], Tensor]
 SCHEDULES = ("one-cycle", "cosine", "constant")
 STEM = r"(?:^|\.)(?:patch_embed\.|cls_token$|pos_embed$|norm_pre\.)"  # of timm's VisionTransformer
+FEW_IMAGES = 1000  # below it a default training is a longer one
 AFTER = -1  # the layer of what follows the blocks
 NEVER_DECAYED = ("pos_embed", "cls_token")  # timm's VisionTransformer.no_weight_decay, beside all 1-D tensors
 
@@ -320,6 +321,15 @@ def distillation_loss(student_logits: Tensor, teacher_logits: Tensor, temperatur
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise SettingsError(message)
+
+
+def default_epochs(images: int) -> int:
+    """Passes over so many training images that `learngene finetune` makes where none are asked.
+
+    Of `lsamd-base` at 6x192 (benchmarks/results/epochs.csv, batches of 64): a few hundred images want about ten passes,
+    and thousands little more than three.
+    """
+    return 10 if images < FEW_IMAGES else 3
 
 
 def _half_cosine(start: float, end: float, done: float) -> float:

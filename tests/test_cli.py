@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from learngene_hub import cli
 from learngene_hub.learngene import Learngene
+from learngene_hub.training import default_epochs
 
 HEADER = "name\tmethod\tancestor\treach\tbytes\tlicense\torigin\tdescription"
 COMMANDS = [
@@ -244,12 +245,13 @@ def test_what_python_would_warn_of_is_a_line(run: Call, here: Path, monkeypatch:
 
 
 def test_finetune_grows_a_learngene_that_is_named(run: Call, here: Path) -> None:
+    """And makes more passes over few images than over many, where none are asked."""
     sizes = ["--depth", "2", "--width", "32", "--size", "32"]
-    done = run(
-        "finetune", "pico", *sizes, "--data", "signdigits", "--limit", "32", "--epochs", "1", "--out", "t", "--json"
-    )
+    done = run("finetune", "pico", *sizes, "--data", "signdigits", "--limit", "32", "--out", "t", "--json")
     assert done.code == 0, done.err
     assert json.loads(Path("t/config.json").read_text())["num_classes"] == 10
+    assert list(json.loads(done.out)["epochs"]) == [str(epoch) for epoch in range(1, 11)]
+    assert [default_epochs(images) for images in (1, 999, 1000, 50_000)] == [10, 10, 3, 3]
 
 
 def test_verify_names_the_file_that_is_wrong(run: Call, here: Path) -> None:
