@@ -42,6 +42,8 @@ def write_all(results: Path) -> str:
         ("compare", (_by_parameters, _by_epochs, _by_sizes)),
         ("few", (_by_examples,)),
         ("speedups", ()),
+        ("epochs", ()),
+        ("deep", ()),
     ):
         rows = read_rows(results / f"{name}.csv")
         if not rows:

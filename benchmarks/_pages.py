@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,54 @@ def speedups_page(found: dict[str, Any]) -> str:
         f"Mean over {sets} at {shapes}, one seed; settings: `speedups.yaml`.\n\n{table(head, rows)}\n\n"
         "Every run: `speedups.csv`."
     )
+
+
+def epochs_page(found: dict[str, Any]) -> str:
+    """Accuracy of `lsamd-base` after each number of epochs, by training images."""
+    starts = list(found["starts"])
+    rows = [
+        [cell["data"], str(cell["images"]), f"{cell['starts'][starts[0]]['epochs']['0']:.1f}"]
+        + [f"{cell['starts'][start]['mean']:.1f}" if start in cell["starts"] else "" for start in starts]
+        for cell in sorted(found["cells"], key=lambda cell: cell["images"])
+    ]
+    plan = settings("epochs")
+    counts = [(plan["starts"][start] or {"recipe": plan["recipe"]})["recipe"]["epochs"] for start in starts]
+    head = ["data set @ images per class", "images", "before training", *(f"{count} epochs" for count in counts)]
+    recipe = plan["recipe"]
+    return (
+        f"`lsamd-base` at {plan['shapes'][0]}, {plan['image_size']} px, batches of {recipe['batch_size']}, one-cycle "
+        f"to {recipe['lr']:g}, a head of class means, one seed: as `learngene finetune` does it.\n\n"
+        f"{table(head, rows)}\n\nEvery run: `epochs.csv`."
+    )
+
+
+def deep_page(found: dict[str, Any]) -> str:
+    """Accuracy where blocks occur more than once, by what a copy writes."""
+    cells = found["cells"]
+    shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
+    rows = []
+    for start in found["starts"]:
+        there = {
+            shape: [c["starts"][start] for c in cells if c["shape"] == shape and start in c["starts"]]
+            for shape in shapes
+        }
+        told = [
+            f"{_mean(course['epochs'][epoch] for course in there[shape]):.1f}"
+            for shape in shapes
+            for epoch in ("0", "3")
+        ]
+        rows.append([f"`{start}`", *told])
+    head = ["start", *(f"{shape}, {when}" for shape in shapes for when in ("before training", "after 3 epochs"))]
+    sets = ", ".join(dict.fromkeys(cell["data"] for cell in cells))
+    return (
+        "Of twelve stored blocks a deeper descendant repeats some. Each copy may write the whole update of its block, "
+        f"or its share of it (`repeat`: copy, share). Mean over {sets}, one seed; settings: `deep.yaml`.\n\n"
+        f"{table(head, rows)}\n\nEvery run: `deep.csv`."
+    )
+
+
+def _mean(values: Iterable[float]) -> float:
+    return statistics.fmean(values)
 
 
 def _parts_page(found: dict[str, Any]) -> str:

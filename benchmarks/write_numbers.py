@@ -152,6 +152,10 @@ def results_page() -> str:
     first += ["## Every method, in one table", OTHERS, lines] if lines else []
     if (speedups := read("speedups.json")) is not None:
         first += ["## Learning speed-ups", _pages.speedups_page(speedups)]
+    if (epochs := read("epochs.json")) is not None:
+        first += ["## Epochs by data-set size", _pages.epochs_page(epochs)]
+    if (deep := read("deep.json")) is not None:
+        first += ["## Copies of a block", _pages.deep_page(deep)]
     return _pages.page(read, _learned, first)
 
 
