@@ -23,7 +23,7 @@ Legend of the suffixes: D channels, M hidden units, O rows and I columns of a ma
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -45,6 +45,8 @@ BLOCK_KEYS = tuple(
 )
 STEM_KEYS = ("cls_token", "patch_embed.proj.bias", "patch_embed.proj.weight", "pos_embed")
 HEAD_KEYS = ("head.bias", "head.weight")
+WRITES = ("attn.proj.weight", "attn.proj.bias", "mlp.fc2.weight", "mlp.fc2.bias")  # what adds to the residual stream
+REPEATS = ("copy", "share", "identity")
 
 
 def even_positions(depth: int, count: int) -> tuple[int, ...]:
@@ -288,10 +290,24 @@ def share_update(block: Mapping[str, Tensor], copies: int) -> dict[str, Tensor]:
 
     Source: our reading of copy-and-divide along depth; to first order, z + n (f(z) / n) = z + f(z).
     """
-    writes = ("attn.proj.weight", "attn.proj.bias", "mlp.fc2.weight", "mlp.fc2.bias")
     if copies == 1:
         return dict(block)
-    return {name: _full(tensor) / copies if name in writes else tensor for name, tensor in block.items()}
+    return {name: _full(tensor) / copies if name in WRITES else tensor for name, tensor in block.items()}
+
+
+def repeated(block: Mapping[str, Tensor], positions: Sequence[int | None], place: int, how: str) -> dict[str, Tensor]:
+    """What stands at ``place`` of a descendant with the blocks of ``positions``, some of which occur more than once.
+
+    ``how`` is one of REPEATS: "copy", the block as it is; "share", each of its copies writes its share of the block's
+    update; "identity", the first alone writes, so that the descendant computes what it would without the others.
+
+    Source: "identity": Chen et al., "Net2Net", ICLR 2016, section 2 (Net2DeeperNet); the others are our reading.
+    """
+    if how == "share":
+        return share_update(block, positions.count(positions[place]))
+    if how == "identity" and positions.index(positions[place]) != place:
+        return {name: tensor * 0.0 if name in WRITES else tensor for name, tensor in block.items()}
+    return dict(block)
 
 
 def resample_positions(pos_embed: Tensor, side: int, prefix: int) -> Tensor:

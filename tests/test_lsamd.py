@@ -654,18 +654,19 @@ def test_the_control_base_even_extracts_evenly_spaced_blocks() -> None:
         assert {n.split(".")[1] for n in learngene.tensors if n.startswith("block.")} == kept
 
 
-@pytest.mark.parametrize("repeat", ["copy", "share"])
+@pytest.mark.parametrize("repeat", ["copy", "share", "identity"])
 @pytest.mark.parametrize("depth", [2, 4, 6, 9])
 def test_the_blocks_of_a_descendant_are_those_of_the_table(twelve: Learngene, depth: int, repeat: str) -> None:
-    """Where a block occurs c times, "share" divides by c what each copy adds to the residual stream; no more."""
+    """Where a block occurs c times, "share" divides by c what each copy adds to the residual stream, and "identity"
+    takes it from all but the first; no more."""
     assert Lsamd().repeat == "share"
     grown = factory.expand(replace(twelve, settings={"repeat": repeat}), depth=depth).state_dict()
     positions = Lsamd().positions(twelve, depth)
     for place, position in enumerate(positions):
-        copies = positions.count(position) if repeat == "share" else 1
+        writes = {"copy": 1.0, "share": 1 / positions.count(position), "identity": positions.index(position) == place}
         for key, tensor in twelve.group(f"block.{position}").items():
-            wanted = tensor / copies if key.startswith(("attn.proj.", "mlp.fc2.")) else tensor
-            assert torch.equal(grown[f"blocks.{place}.{key}"], wanted)
+            wanted = tensor * writes[repeat] if key.startswith(("attn.proj.", "mlp.fc2.")) else tensor
+            assert torch.allclose(grown[f"blocks.{place}.{key}"], wanted, rtol=1e-6, atol=0)
 
 
 def test_random_fill_leaves_fresh_blocks_between(twelve: Learngene) -> None:

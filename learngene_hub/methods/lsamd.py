@@ -35,7 +35,7 @@ _CHOICES = {
     "search": ("gumbel", "spos_ea"),
     "select": ("frequency", "even"),
     "fill": ("nearest", "random"),
-    "repeat": ("copy", "share"),
+    "repeat": transforms.REPEATS,
     "form": transforms.FORMS,
     "precision": ("fp32", "bf16", "fp16"),
 }
@@ -106,7 +106,7 @@ class Lsamd:
     fill: str = (
         "nearest"  # what a larger depth repeats: the nearest block, or fresh blocks between ("vanilla learngene")
     )
-    repeat: str = "share"  # each copy of a block writes its share of the block's update; or all of it: "copy"
+    repeat: str = "share"  # a block's copies: "share" its update, "copy" all of it; "identity": the first alone writes
     form: str = "copy"  # the width transform's form
 
     def __post_init__(self) -> None:
@@ -237,9 +237,8 @@ class Lsamd:
         for place, position in enumerate(positions):
             part: Mapping[str, Tensor | None] = dict.fromkeys(transforms.BLOCK_KEYS)
             if position is not None:
-                part = resize.block(blocks[position], position)
-                if self.repeat == "share":
-                    part = transforms.share_update(part, positions.count(position))
+                resized = resize.block(blocks[position], position)
+                part = transforms.repeated(resized, positions, place, self.repeat)
             state |= {f"blocks.{place}.{key}": tensor for key, tensor in part.items()}
         norm = "norm" if shape.pool == "token" else "fc_norm"
         tail = resize.norm({k: learngene.tensors[f"tail.norm.{k}"] for k in ("weight", "bias")})

@@ -36,8 +36,6 @@ from learngene_hub.methods._whole import assemble, check_whole, parts_of, requir
 from learngene_hub.shape import Preprocessing, Reach, ViTShape
 from learngene_hub.training import Step
 
-_WRITES = ("attn.proj.weight", "attn.proj.bias", "mlp.fc2.weight", "mlp.fc2.bias")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Net2Net:
@@ -58,7 +56,7 @@ class Net2Net:
     def __post_init__(self) -> None:
         require_choice("form", self.form, transforms.FORMS)
         require_choice("select", self.select, ("even", "first"))
-        require_choice("repeat", self.repeat, ("copy", "share", "identity"))
+        require_choice("repeat", self.repeat, transforms.REPEATS)
         if not (is_number(self.tilt) and 0 <= self.tilt < 1):
             raise SettingsError(f"tilt {self.tilt!r} asked; it is a share, at least 0 and below 1")
 
@@ -104,17 +102,9 @@ class Net2Net:
         resize = transforms.Resize.of(learngene.group("width"), native, shape, self.form)
         positions = self.positions(native.depth, shape.depth)
         resized = {i: self._tilted(resize.block(learngene.group(f"block.{i}"), i), native, shape) for i in positions}
-        blocks = [self._repeated(resized[i], positions, place) for place, i in enumerate(positions)]
+        blocks = [transforms.repeated(resized[i], positions, place, self.repeat) for place, i in enumerate(positions)]
         norm = resize.norm({kind: learngene.tensors[f"tail.norm.{kind}"] for kind in ("weight", "bias")})
         return assemble(shape, resize.stem(learngene.group("stem")), blocks, norm)
-
-    def _repeated(self, block: dict[str, Tensor], positions: tuple[int, ...], place: int) -> dict[str, Tensor]:
-        """The block at ``place``, by ``repeat`` where its position occurs more than once."""
-        if self.repeat == "share":
-            return transforms.share_update(block, positions.count(positions[place]))
-        if self.repeat == "identity" and positions.index(positions[place]) != place:
-            return {key: tensor * 0.0 if key in _WRITES else tensor for key, tensor in block.items()}
-        return block
 
     def _tilted(self, block: dict[str, Tensor], native: ViTShape, shape: ViTShape) -> dict[str, Tensor]:
         """The block with uneven shares of the copies of each head and each hidden unit."""
