@@ -58,7 +58,8 @@ def measure(given: tuple[Job, str], plan: Plan, out: Path) -> Row:
     job, device = given
     began, start = time.perf_counter(), plan.start(job.start)
     data = next(each for each in plan.data if each.name == job.data)
-    train, test = _images(data, plan, "train"), _images(data, plan, "test")
+    train = _images(data, plan, "train")
+    test = _images(data, plan, "test").numbered(train.classes)
     model, preprocessing, facts = _begun(job, plan, start, len(train.classes))
     recipe, begun = plan.recipe_of(start, job.seed), state_digest(model)[:16]
     twin = _twin(out, begun, plan.identity(start, data), job)

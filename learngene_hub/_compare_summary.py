@@ -151,7 +151,7 @@ def paired(one: dict[Cell, dict[int, Row]], other: dict[Cell, dict[int, Row]]) -
         "runs": sum(cell["n"] for cell in cells.values()),
         "wins": sum(mean > 0 for mean in means),
         "losses": sum(mean < 0 for mean in means),
-        "clear_losses": [name for name, cell in cells.items() if cell["mean"] < -(cell["se"] or 0.0)],
+        "clear_losses": [name for name, cell in cells.items() if cell["se"] is not None and cell["mean"] < -cell["se"]],
         "per_cell": cells,
     }
 
@@ -255,7 +255,7 @@ def difference(gap: dict[str, Any]) -> str:
     """A paired difference in words."""
     error = "" if gap["se"] is None else f" ± {gap['se']:.2f}"
     chance = "" if gap["p"] is None else f", p {gap['p']:.2g}"
-    return (
-        f"{gap['mean']:+.2f}{error}{chance}; {gap['cells']} cells: {gap['wins']} won, {gap['losses']} lost, "
-        f"{len(gap['clear_losses'])} by more than their standard error"
-    )
+    cells = f"{gap['cells']} cell{'s' if gap['cells'] > 1 else ''}: {gap['wins']} won, {gap['losses']} lost"
+    clear = f", {len(gap['clear_losses'])} by more than their standard error"
+    known = any(cell["se"] is not None for cell in gap["per_cell"].values())
+    return f"{gap['mean']:+.2f}{error}{chance}; {cells}{clear if known else ' (one seed)'}"

@@ -6,6 +6,7 @@ for a Hub id. Nothing here runs code of a data set.
 
 from __future__ import annotations
 
+import difflib
 import io
 import json
 import os
@@ -22,6 +23,7 @@ from learngene_hub.errors import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 SPLITS = frozenset({"train", "test", "val", "valid", "validation", "dev", "eval"})
+SAMPLES = ("signdigits",)  # data sets that ship inside the package, under samples/
 LABEL_NAMES = ("label", "labels", "class", "target")  # tried in this order when no feature says which column it is
 
 
@@ -74,7 +76,8 @@ def folder_rows(
         raise DataError(f"{folder} has no split {split!r}; there: {', '.join(found)}")
     if split != "train":
         raise DataError(
-            f"{folder} is not divided into splits, so it has no {split!r}; load 'train' and use Images.split"
+            f"{folder} is not divided into splits, so it has no {split!r}: the folder that holds {split}/ would work, "
+            f"or none (--test-split '', or Images.split)"
         )
     return inside(folder)
 
@@ -152,6 +155,12 @@ def parquet_rows(
     return Rows(read, lambda i: f"row {i} of {source}", labels, tuple(names) if names else None)
 
 
+def _sample_like(source: str) -> str:
+    """A hint at a bundled sample of nearly this name."""
+    near = difflib.get_close_matches(source, SAMPLES, n=1)
+    return f"; did you mean the sample {near[0]!r}?" if near else ""
+
+
 def hub_rows(
     source: str, split: str, image_column: str | None, label_column: str | None, *, unlabelled: bool = False
 ) -> Rows:
@@ -167,7 +176,7 @@ def hub_rows(
     except Exception as error:  # the client raises dozens of classes, all of which mean: not there or not readable
         raise DataError(
             f"no file or folder {source!r}, and as a data set, split {split!r}, it cannot be had from the Hub: "
-            f"{_line(error)}"
+            f"{_line(error)}{_sample_like(source)}"
         ) from error
     features = {name: _feature(feature) for name, feature in table.features.items()}
     image, label = choose_columns(

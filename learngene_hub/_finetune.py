@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,7 +46,7 @@ from learngene_hub._resume import (
     one_size,
     state_of,
 )
-from learngene_hub._workshop import images_for
+from learngene_hub._workshop import as_the_model_counts, class_names, images_for
 
 if TYPE_CHECKING:
     from torch import nn
@@ -150,7 +151,7 @@ def finetune(
         learngene = _of_components(model) if constrained else None
         grown, images = _model_and_images(
             model, data, splits, depth=depth, width=width, heads=read_heads(heads), size=pixels, settings=growth,
-            seed=seed, limit=limit, skip_unreadable=skip_unreadable,
+            seed=seed, limit=limit, skip_unreadable=skip_unreadable, new_head=head in ("means", "whitened"),
         )  # fmt: skip
         for each in images:
             tell_skipped(out, each)
@@ -256,7 +257,8 @@ def _trained(
     device: str | None,
     log: Path | None,
 ) -> dict[str, dict[str, float]]:
-    """Trains on the first images; the loss after each epoch, and the accuracy on the second images if there are any."""
+    """Trains on the first images; of each epoch the mean loss over its updates, and the accuracy on the second images
+    after it, if there are any; of "0" the accuracy before the first update."""
     from learngene_hub import factory
     from learngene_hub.training import StateDir, process
 
@@ -269,9 +271,16 @@ def _trained(
         device=device,
     )
     history: dict[str, dict[str, float]] = {}
+    if len(images) > 1 and process()[0] == 0 and not is_begun(state):
+        found = factory.evaluate(model, images[1], preprocessing=preprocessing, device=device)
+        history["0"] = {"accuracy": found.accuracy}
+        out.note(f"before training: accuracy {text('accuracy', found.accuracy)}")
+    losses: list[float] = []
     for step in _followed(steps, log):
+        losses.append(step.loss)
         if step.epoch_done and process()[0] == 0:
-            reached = history[str(step.epoch + 1)] = {"loss": step.loss}
+            reached = history[str(step.epoch + 1)] = {"loss": fmean(losses)}
+            losses.clear()
             if len(images) > 1:
                 found = factory.evaluate(model, images[1], preprocessing=preprocessing)
                 reached["accuracy"] = found.accuracy
@@ -304,11 +313,14 @@ def _model_and_images(
     seed: int,
     limit: int | None,
     skip_unreadable: bool,
+    new_head: bool,
 ) -> tuple[Descendant, list[Images]]:
-    """A saved model, or one grown now for the classes of the data, and the splits at its size.
+    """A saved model, or one grown now for the classes of the data, and the splits at its size, their labels counted as
+    the model counts them. A model without names for its classes, or with a new head, takes those of the data.
 
     Raises:
-        ShapeError: a size or a growth setting is asked of a model that is grown already.
+        ShapeError: a size or a growth setting is asked of a model that is grown already, or it has other classes.
+        DataError: the second split has a class that the first has not.
     """
     from learngene_hub.data import load_images
     from learngene_hub.descendant import Descendant
@@ -328,12 +340,18 @@ def _model_and_images(
                     f"--{name} {wanted} asked; {model} has {there} already: leave it out, or expand anew"
                 )
         images = [images_for(shape, data, split, limit, skip_unreadable) for split in splits]
+        names = None if new_head else class_names(grown)
+        images = [as_the_model_counts(each, names, model) for each in images]
         if len(images[0].classes) != shape.classes:
             raise errors.ShapeError(
                 f"{data} has {len(images[0].classes)} classes, {model} has {shape.classes} outputs; expand with "
                 f"--num-labels {len(images[0].classes)} would work"
             )
-        return grown, images
+        classes = images[0].classes
+        if names is None and not all(name.isdecimal() for name in classes):
+            grown.config.id2label = dict(enumerate(classes))
+            grown.config.label2id = {name: number for number, name in enumerate(classes)}
+        return grown, [each.numbered(classes) for each in images]
     pixels = size or pull(model).pool_size or IMAGE_SIZE
     images = [
         load_images(data, split=split, size=pixels, limit=limit, skip_unreadable=skip_unreadable) for split in splits
@@ -350,4 +368,4 @@ def _model_and_images(
         seed=seed,
         settings=settings,
     )
-    return grown, images
+    return grown, [each.numbered(classes) for each in images]

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from learngene_hub._check import require_int
@@ -36,9 +37,17 @@ def with_settings(learngene: Learngene, settings: Mapping[str, Any] | None) -> L
     """
     if not settings:
         return learngene
+    kind: Any = type(get_method(learngene.method, learngene.settings))
+    acting = growth_of(kind)
+    known = {field.name for field in fields(kind)} if is_dataclass(kind) else settings.keys()
+    if acting is not None and (odd := sorted(settings.keys() - known)):
+        near = difflib.get_close_matches(odd[0], acting, n=1)
+        raise SettingsError(
+            f"{learngene.method} has no setting {odd[0]!r}; {f'did you mean {near[0]!r}? ' if near else ''}"
+            f"of a learngene that is extracted already {', '.join(acting) or 'none'} act"
+        )
     changed = replace(learngene, settings={**learngene.settings, **settings})
     method = get_method(changed.method, changed.settings)
-    acting = growth_of(type(method))
     if acting is not None and (idle := sorted(settings.keys() - set(acting))):
         raise SettingsError(
             f"setting {idle[0]} asked of a learngene that is extracted already; of {changed.method} "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,6 +46,29 @@ def saved(model: str) -> Descendant:
     return Descendant.from_pretrained(model)
 
 
+def class_names(grown: Descendant) -> tuple[str, ...] | None:
+    """What a model calls its classes; None where it has no names for them, LABEL_0 and so on."""
+    said: Any = grown.config.id2label or {}
+    names = tuple(str(said[number]) for number in sorted(said))
+    return None if all(name == f"LABEL_{number}" for number, name in enumerate(names)) else names
+
+
+def as_the_model_counts(images: Images, names: tuple[str, ...] | None, model: str) -> Images:
+    """The images with the model's numbers of their classes, where both have names for them.
+
+    Raises:
+        ShapeError: the data has a class that the model does not know.
+    """
+    if names is None or all(name.isdecimal() for name in images.classes):
+        return images
+    try:
+        return images.numbered(names)
+    except errors.DataError as error:
+        raise errors.ShapeError(
+            f"{model} knows other classes: {error}; finetune with --head means gives it a new head for them"
+        ) from error
+
+
 def evaluate(
     out: Output,
     model: ModelArgument,
@@ -68,6 +91,7 @@ def evaluate(
     from learngene_hub.shape import shape_of
 
     images = images_for(shape_of(grown.timm_model), data, split, limit, skip_unreadable)
+    images = as_the_model_counts(images, class_names(grown), model)
     tell_skipped(out, images)
     found = factory.evaluate(
         grown.timm_model,

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from learngene_hub.errors import DataError, SettingsError
 if TYPE_CHECKING:
     from learngene_hub.shape import Preprocessing
 
-SAMPLES = ("signdigits",)  # data sets that ship inside the package, under samples/
+SAMPLES = _decode.SAMPLES
 SPLITS = re.compile(r"(train|training|test|val|valid|validation|dev|data)(-.*)?")  # files and folders so called
 
 
@@ -70,6 +70,26 @@ class Images:
         """The images at `indices`, in that order; the classes stay all of them."""
         chosen = torch.as_tensor(indices, dtype=torch.int64, device=self.pixels.device)
         return Images(self.pixels[chosen], self.labels[chosen], self.classes, self.name)
+
+    def numbered(self, classes: Sequence[str]) -> Images:
+        """The same images with labels that count in `classes`, in which each of their own classes is.
+
+        A split of class folders knows the classes of its own folders alone; this gives a test split the numbers that a
+        training split, or a model, has for the same names.
+
+        Raises:
+            DataError: a class that is not in `classes`, or one that occurs twice.
+        """
+        names = tuple(classes)
+        if self.classes == names:
+            return self
+        if odd := [name for name in self.classes if names.count(name) != 1]:
+            raise DataError(
+                f"{self.name} has the class {odd[0]!r}, which is not one of {_some(names)}; its classes: "
+                f"{_some(self.classes)}"
+            )
+        places = torch.tensor([names.index(name) for name in self.classes], device=self.labels.device)
+        return replace(self, labels=places[self.labels], classes=names)
 
     def split(self, fraction: float, generator: torch.Generator) -> tuple[Images, Images]:
         """(rest, held out): a random `fraction` of the images, at least one, is held out.
@@ -127,6 +147,11 @@ def load_images(
     name = called(source)
     found = torch.tensor([labels[i] for i in kept])
     return Images(torch.from_numpy(pixels), found, classes, name, skipped=len(chosen) - len(kept))
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    """Names in a message, the first of many."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def called(source: str | Path) -> str:

@@ -301,7 +301,8 @@ class Descendant(TimmWrapperForImageClassification):
             shape = shape_of(self.timm_model)
         except ShapeError:
             return facts  # compiled, or of no kind that there is: what its config says
-        names = facts["label_names"]
+        said: Any = self.config.id2label or {}  # it may have been set since; what was read stays in label_names
+        names = [str(said[number]) for number in sorted(said, key=int)] or facts["label_names"]
         if len(names) != shape.classes:
             names = [f"LABEL_{i}" for i in range(shape.classes)]
         return facts | _timm_facts(self.timm_model, shape, names, facts["pretrained_cfg"])

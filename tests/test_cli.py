@@ -11,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -203,7 +204,7 @@ def test_finetune_evaluate_and_resume(run: Call, here: Path) -> None:
     done = run(*train, "--out", "trained", "--log", "steps.csv", "--json")
     assert done.code == 0, done.err
     said = json.loads(done.out)
-    assert list(said["epochs"]) == ["1", "2"] and 0 <= said["epochs"]["2"]["accuracy"] <= 100
+    assert list(said["epochs"]) == ["0", "1", "2"] and 0 <= said["epochs"]["2"]["accuracy"] <= 100
     assert len(Path("steps.csv").read_text().splitlines()) == 1 + 2 * 3
     assert not list(Path("trained").glob("training*")) and (Path("trained") / "config.json").is_file()
     found = json.loads(run("evaluate", "trained", "--data", "signdigits", "--limit", "48", "--json").out)
@@ -220,8 +221,13 @@ def test_an_interrupted_finetune_resumes_to_the_same_weights(
     assert run(*train, "--out", "straight").code == 0
     from learngene_hub import factory
 
-    def interrupt(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    plain, asked = factory.evaluate, []
+
+    def interrupt(*args: Any, **given: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 2:  # the first is before training
+            raise KeyboardInterrupt
+        return plain(*args, **given)
 
     with monkeypatch.context() as patch:
         patch.setattr(factory, "evaluate", interrupt)
@@ -250,7 +256,7 @@ def test_finetune_grows_a_learngene_that_is_named(run: Call, here: Path) -> None
     done = run("finetune", "pico", *sizes, "--data", "signdigits", "--limit", "32", "--out", "t", "--json")
     assert done.code == 0, done.err
     assert json.loads(Path("t/config.json").read_text())["num_classes"] == 10
-    assert list(json.loads(done.out)["epochs"]) == [str(epoch) for epoch in range(1, 11)]
+    assert list(json.loads(done.out)["epochs"]) == [str(epoch) for epoch in range(11)]
     assert [default_epochs(images) for images in (1, 999, 1000, 50_000)] == [10, 10, 3, 3]
 
 

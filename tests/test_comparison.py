@@ -21,7 +21,7 @@ from test_cli import Result
 from typer.testing import CliRunner
 
 from learngene_hub import Recipe, _jobs, cli, evaluate, expand, finetune, fit_head, load_images
-from learngene_hub._compare_summary import paired, sign_flip, summarise
+from learngene_hub._compare_summary import difference, paired, sign_flip, summarise
 from learngene_hub._mimetic import sinusoids, write_mimetic
 from learngene_hub.comparison import Job, Plan, Row, Start, as_text, compare, read_rows
 from learngene_hub.errors import LearngeneError, SettingsError, StoreError
@@ -76,7 +76,12 @@ def test_a_paired_difference_by_hand() -> None:
     assert gap["per_cell"]["6x64 y"] == {"mean": -3.0, "se": None, "n": 1}
     assert (gap["mean"], gap["cells"], gap["runs"], gap["wins"], gap["losses"]) == (2.5, 2, 3, 1, 1)
     assert gap["se"] == pytest.approx(5.5)  # of 8 and -3: deviation 7.778, over sqrt(2)
-    assert gap["clear_losses"] == ["6x64 y"]
+    assert gap["clear_losses"] == []  # of one seed no error is known
+    assert difference(gap) == "+2.50 ± 5.50, p 1; 2 cells: 1 won, 1 lost, 0 by more than their standard error"
+    alone = paired(cells(row("a", "6x64", "x", 0, {1: 30.0})), two)
+    assert alone is not None and difference(alone) == "-10.00; 1 cell: 0 won, 1 lost (one seed)"
+    worse = paired(two, one)
+    assert worse is not None and worse["clear_losses"] == ["6x64 x"]  # -8 with an error of 2
     assert paired(one, cells(row("b", "9x64", "x", 0, {1: 1.0}))) is None
 
 
@@ -115,7 +120,7 @@ def test_of_runs_that_were_made_again_the_last_counts_and_the_rivals_are_those_w
     found = summarise(rows)
     assert found["starts"]["a"]["accuracy"] == 60.0 and found["training_free"] == ["net2net"]
     told = as_text(found)
-    assert "less net2net, paired:" in told and "+30.00; 1 cells: 1 won, 0 lost" in told
+    assert "less net2net, paired:" in told and "+30.00; 1 cell: 1 won, 0 lost (one seed)" in told
     json.dumps(found, allow_nan=False)
 
 

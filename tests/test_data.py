@@ -194,6 +194,21 @@ class TestSources:
             load_images("nobody/nothing")
 
 
+class TestNumbered:
+    def test_by_hand(self) -> None:
+        images = Images(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1, 1, 0]), ("cat", "dog"), "few")
+        found = images.numbered(["ant", "dog", "cat"])
+        assert found.labels.tolist() == [2, 1, 1, 2] and found.classes == ("ant", "dog", "cat")
+        assert found.pixels is images.pixels and found.name == "few"
+        assert images.numbered(("cat", "dog")) is images
+        for classes, said in (
+            (["ant", "dog"], "'cat', which is not one of ant, dog"),
+            (["cat", "cat", "dog"], "'cat'"),
+        ):
+            with pytest.raises(DataError, match=said):
+                images.numbered(classes)
+
+
 class TestBadInput:
     def test_nothing_there(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no file or folder"):

@@ -12,8 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import build_pico
+from PIL import Image
 from planted import planted, variant
 from typer.testing import CliRunner
 
@@ -254,3 +256,48 @@ def test_a_method_that_needs_no_data_is_asked_without(run: Call, here: Path) -> 
     assert refused.exit_code == 1 and "0 data sets asked" in refused.stderr and not Path("x").exists()
     useless = run("extract", "front", "ancestor", "--out", "x", "--data", "signdigits", "--widen", "widths=[32]")
     assert useless.exit_code == 1 and "learngenes of front have none" in useless.stderr
+
+
+def _folder(place: Path, splits: dict[str, tuple[str, ...]], seed: int = 0) -> Path:
+    """Class folders of four noisy images each; each class has a colour of its own."""
+    colours = {"blue": (0, 0, 255), "green": (0, 255, 0), "red": (255, 0, 0), "black": (0, 0, 0)}
+    drawn = np.random.default_rng(seed)
+    for split, classes in splits.items():
+        for name in classes:
+            (place / split / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = np.clip(np.array(colours[name]) + drawn.integers(-60, 60, (16, 16, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(place / split / name / f"{i}.png")
+    return place
+
+
+def test_labels_count_as_the_model_counts_them(run: Call, here: Path) -> None:
+    """A split that lacks a class, or a model's classes in another order, would silently be numbered anew."""
+    small = ["--batch-size", "4", "--epochs", "8", "--lr", "3e-3", "--head", "means", "--json"]
+    sizes = ["--image-size", "16"]
+    _folder(here / "all", {"train": ("blue", "green", "red"), "test": ("green", "red")})
+    done = run("finetune", "ancestor.safetensors", *sizes, "--data", "all", "--out", "t", *small)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(Path("t/config.json").read_text())["label_names"] == ["blue", "green", "red"]
+    reached = json.loads(done.stdout)["epochs"]
+    assert reached["8"]["accuracy"] == 100.0  # numbered anew, green would be called blue, and red green
+    found = json.loads(run("evaluate", "t", "--data", "all", "--json").stdout)
+    assert found["accuracy"] == 100.0 and found["images"] == 8
+
+
+def test_other_classes_are_refused_or_get_a_new_head(run: Call, here: Path) -> None:
+    sizes = ["--image-size", "16"]
+    _folder(here / "all", {"train": ("blue", "green", "red"), "test": ("blue", "red")})
+    other = _folder(here / "other", {"train": ("black", "blue", "green"), "test": ("black",)})
+    assert run("expand", "ancestor.safetensors", "grown", *sizes, "--num-labels", "3").exit_code == 0
+    short = ["--batch-size", "4", "--epochs", "1"]
+    assert run("finetune", "grown", "--data", "all", "--out", "t", *short).exit_code == 0
+    named = json.loads(Path("t/config.json").read_text())["label_names"]
+    assert named == ["blue", "green", "red"]  # of a model without names of its own: those of the data
+    for args in (("evaluate", "t", "--data", str(other)), ("finetune", "t", "--data", "other", "--out", "u", *short)):
+        refused = run(*args)
+        assert refused.exit_code == 1 and len(refused.stderr.splitlines()) == 1, refused.stderr
+        assert "'black', which is not one of blue, green, red" in refused.stderr
+        assert "--head means" in refused.stderr and not Path("u").exists()
+    assert run("finetune", "t", "--data", "other", "--out", "u", *short, "--head", "means").exit_code == 0
+    assert json.loads(Path("u/config.json").read_text())["label_names"] == ["black", "blue", "green"]
