@@ -239,8 +239,9 @@ def deep_page(found: dict[str, Any]) -> str:
     head = ["start", *(f"{shape}, {when}" for shape in shapes for when in ("before training", "after 3 epochs"))]
     sets = ", ".join(dict.fromkeys(cell["data"] for cell in cells))
     return (
-        "Of twelve stored blocks a deeper descendant repeats some. Each copy may write the whole update of its block, "
-        f"or its share of it (`repeat`: copy, share). Mean over {sets}, one seed; settings: `deep.yaml`.\n\n"
+        "Of twelve stored blocks a deeper descendant repeats some. Each copy may write the whole update of its block "
+        f"(`repeat` copy), its share of it (share), or none but the first (identity). Mean over {sets}, one "
+        f"seed; settings: `deep.yaml`.\n\n"
         f"{table(head, rows)}\n\nEvery run: `deep.csv`."
     )
 

@@ -97,7 +97,7 @@ def made(asked: Made, data: Path, weights: Path | None, cache: Path | None) -> L
     facts = {
         "name": "lsamd-base, 12x192",
         "license": base.license,
-        "source": f"DeiT-Tiny as lsamd-base (sha256 {base.digest}) grows it at its native shape",
+        "source": "DeiT-Tiny as lsamd-base grows it at its native shape",
     }
     ancestor = expand(base, image_size=SIZE if images else None).eval()
     learngene = extract(

@@ -669,6 +669,16 @@ def test_the_blocks_of_a_descendant_are_those_of_the_table(twelve: Learngene, de
             assert torch.allclose(grown[f"blocks.{place}.{key}"], wanted, rtol=1e-6, atol=0)
 
 
+def test_deeper_than_the_ancestor_lsamd_base_computes_what_it_computes_at_its_depth() -> None:
+    """Net2DeeperNet's identity: the copies add nothing until they are trained."""
+    base = Learngene.from_pretrained("lsamd-base")
+    native, deeper = (factory.expand(base, depth=depth, num_labels=2, image_size=64).eval() for depth in (12, 20))
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, found = native.forward_features(images), deeper.forward_features(images)  # type: ignore[operator]
+    assert len(deeper.blocks) == 20 and torch.allclose(found, wanted, rtol=1e-4, atol=1e-4)  # type: ignore[arg-type]
+
+
 def test_random_fill_leaves_fresh_blocks_between(twelve: Learngene) -> None:
     learngene = replace(twelve, settings={"fill": "random"})
     grown = factory.expand(learngene, depth=12, seed=3).state_dict()

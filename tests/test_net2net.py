@@ -97,7 +97,8 @@ def test_real_weights_keep_their_function_at_two_and_three_times_the_width() -> 
 def test_inserted_identity_blocks_keep_the_function_at_every_depth(width: int) -> None:
     ancestor, x = strong(), noise(2, 3, 32, 32)
     want = torch.cat([features(ancestor, x)] * (width // 64), -1)
-    learngene = extract(ancestor, repeat="identity")
+    learngene = extract(ancestor)
+    assert learngene.settings["repeat"] == "identity"
     for depth in (4, 5, 6):
         got = features(factory.expand(learngene, depth=depth, width=width), x)
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))

@@ -48,9 +48,7 @@ class Net2Net:
 
     form: str = "copy"  # of the width transform: copy, balanced, exact
     select: str = "even"  # the blocks of a smaller depth: evenly spaced, or the "first"
-    repeat: str = (
-        "copy"  # a repeated block: as it is; "share": its part of the update; "identity": the first alone writes
-    )
+    repeat: str = "identity"  # of a block's copies the first alone writes; "share": each its part; "copy": all of it
     tilt: float = 0.0  # how unevenly the copies of a head or hidden unit share what is read of it; the sum stays 1
 
     def __post_init__(self) -> None:
