@@ -37,12 +37,14 @@ SeedsOption = Annotated[str | None, typer.Option("--seeds", metavar="N[,N...]", 
 AncestorOption = Annotated[
     str | None, typer.Option("--ancestor", help="Of methods and baselines: a folder, or timm's name of a ViT.")
 ]
-EpochsOption = Annotated[int | None, typer.Option("--epochs", help="Of what inherits [3].")]
+EpochsOption = Annotated[
+    int | None, typer.Option("--epochs", help="Of what inherits [3; 10 of fewer than 1,000 images].")
+]
 FreshEpochsOption = Annotated[int | None, typer.Option("--fresh-epochs", help="Of random and mimetic starts [20].")]
 RateOption = Annotated[float | None, typer.Option("--lr", help="Peak learning rate of what inherits [3e-4].")]
 PixelsOption = Annotated[int | None, typer.Option("--image-size", help="Side of the images, pixels [64].")]
 HeadOption = Annotated[
-    str | None, typer.Option("--head", help="fresh; or means, whitened: from the class means of its own features.")
+    str | None, typer.Option("--head", help="fresh; means, whitened: from the class means of its own features [means].")
 ]
 ImagesOption = Annotated[
     int | None, typer.Option("--images", help="Training images of each data set; all if left out.")

@@ -6,8 +6,9 @@
     seeds       a list of numbers [0]
     ancestor    of the methods and baselines: a folder, or a name of timm's; ancestor_weights its safetensors file
     image_size  pixels [64]; images, per_class: training images of a data set, per class; tested: test images [all]
-    recipe      settings of ``Recipe`` for what inherits, fresh: those that differ for what inherits nothing
-    head        "fresh", "means" or "whitened" (``fit_head``); of a fresh start always "fresh"
+    recipe      settings of ``Recipe`` for what inherits, fresh: those that differ for what inherits nothing; where no
+                epochs are said, what inherits has those of ``default_epochs``
+    head        "fresh", "means" or "whitened" (``fit_head``) ["means"]; of a fresh start always "fresh"
     tested_after, fresh_tested_after   the epochs after which a run is tested [all]
     work        the folder of learngenes that are made here [beside the CSV]
 
@@ -40,12 +41,12 @@ from learngene_hub._first_head import HEADS
 from learngene_hub.data import called
 from learngene_hub.errors import SettingsError
 from learngene_hub.methods import METHODS
-from learngene_hub.training import Recipe
+from learngene_hub.training import Recipe, default_epochs
 
 BASELINES = ("random", "mimetic", "even", "first", "full", "distilled", "adapted")
 FRESH = ("random", "mimetic")  # inherit nothing
 TAUGHT = ("distilled", "adapted")  # by the ancestor
-RECIPE = {"epochs": 3, "lr": 3e-4, "batch_size": 32, "schedule": "constant"}
+RECIPE = {"lr": 3e-4, "batch_size": 64, "schedule": "one-cycle", "warmup": 0.3}  # as `learngene finetune`
 FRESH_RECIPE = {"epochs": 20, "lr": 1e-3, "schedule": "cosine", "warmup": 0.1}
 FACTS = (
     "learngene",
@@ -164,7 +165,7 @@ class Plan:
     tested: int | None = None  # test images of each data set
     recipe: Mapping[str, Any] = field(default_factory=lambda: dict(RECIPE))
     fresh: Mapping[str, Any] = field(default_factory=lambda: dict(FRESH_RECIPE))
-    head: str = "fresh"
+    head: str = "means"
     tested_after: tuple[int, ...] = ()  # epochs; all, where none is said; the last one always
     fresh_tested_after: tuple[int, ...] = ()
     head_dim: int = 64  # of what is drawn
@@ -218,8 +219,8 @@ class Plan:
         """The start of this name."""
         return next(each for each in self.starts if each.name == name)
 
-    def recipe_of(self, start: Start, seed: int) -> Recipe:
-        """How a run of ``start`` is trained.
+    def recipe_of(self, start: Start, seed: int, images: int = 0) -> Recipe:
+        """How a run of ``start`` on so many images is trained.
 
         Raises:
             SettingsError: a setting that a recipe has not, or out of its range.
@@ -228,7 +229,10 @@ class Plan:
         known = [each.name for each in dataclasses.fields(Recipe) if each.name != "augment"]
         if unknown := [key for key in asked if key not in known]:
             raise SettingsError(f"{unknown[0]!r} in a recipe; known: {', '.join(known)}")
-        return Recipe(**asked)
+        return Recipe(**({"epochs": default_epochs(images)} | asked))
+
+    def _says_epochs(self, start: Start) -> bool:
+        return start.is_fresh or "epochs" in self.recipe or "epochs" in start.recipe
 
     def head_of(self, start: Start) -> str:
         """How the head of a run of ``start`` begins."""
@@ -247,6 +251,7 @@ class Plan:
             "head": self.head_of(start),
             "size": self.image_size,
             "images": [data.images, data.per_class, self.tested],
+            **({} if self._says_epochs(start) else {"epochs": "by images"}),
             **({"growth": start.settings} if start.kind == "learngene" and start.settings else {}),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]

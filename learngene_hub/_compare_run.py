@@ -61,7 +61,7 @@ def measure(given: tuple[Job, str], plan: Plan, out: Path) -> Row:
     train = _images(data, plan, "train")
     test = _images(data, plan, "test").numbered(train.classes)
     model, preprocessing, facts = _begun(job, plan, start, len(train.classes))
-    recipe, begun = plan.recipe_of(start, job.seed), state_digest(model)[:16]
+    recipe, begun = plan.recipe_of(start, job.seed, len(train)), state_digest(model)[:16]
     twin = _twin(out, begun, plan.identity(start, data), job)
     if twin is not None:
         return replace(twin, **asdict(job), **facts, digest=digest_of(plan, job), same_as=twin.same_as or twin.start)

@@ -146,7 +146,8 @@ def test_a_plan_of_names_and_one_of_facts() -> None:
     kinds = {start.name: (start.kind, start.source) for start in plan.starts}
     assert kinds["lsamd-base"] == ("learngene", "lsamd-base") and kinds["cut"] == ("method", "net2net")
     assert kinds["first"] == ("method", "net2net") and plan.start("first").settings == {"select": "first"}
-    assert plan.recipe_of(plan.start("cut"), 3) == Recipe(epochs=3, lr=1e-4, batch_size=32, schedule="constant", seed=3)
+    assert plan.recipe_of(plan.start("cut"), 3) == Recipe(epochs=10, lr=1e-4, seed=3)
+    assert plan.recipe_of(plan.start("cut"), 3, images=1000) == Recipe(epochs=3, lr=1e-4, seed=3)  # as finetune does it
     assert plan.recipe_of(plan.start("random"), 0).lr == 1e-2 and plan.recipe_of(plan.start("random"), 0).epochs == 20
     assert plan.epochs_tested(plan.start("cut"), 3) == (1, 2, 3)
     jobs = list(plan.jobs())
@@ -215,7 +216,7 @@ def test_a_run_is_the_plain_sequence_of_calls_and_is_not_made_twice(plan: Plan, 
     )
     fit_head(model, train, how="means")
     accuracies = [evaluate(model, test).accuracy]
-    for _ in finetune(model, train, recipe=Recipe(epochs=1, lr=3e-4, batch_size=20, schedule="constant")):
+    for _ in finetune(model, train, recipe=Recipe(epochs=1, lr=3e-4, batch_size=20)):
         pass
     accuracies.append(evaluate(model, test).accuracy)
     found = rows["learngene", "2x64"]
