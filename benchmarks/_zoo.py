@@ -26,7 +26,7 @@ MEANINGS = {
     "whole ancestor, finetuned",
     "net2net-6": "the same from six blocks of it, 5.7 MB",
     "net2net-4": "the same from four blocks of it, 3.9 MB",
-    "net2net-3": "the same from three blocks of it, 3.1 MB",
+    "net2net-3": "the same from three blocks of it, 3.0 MB",
     "full": "the whole ancestor, finetuned at its own 12x192 alone; beside each shape of the others",
     "first": "the same with the first blocks of the ancestor",
     "weight-selection": "evenly spaced units of the ancestor (Xu et al., ICLR 2024)",
@@ -169,6 +169,12 @@ def goals(compared: Mapping[str, Any]) -> list[str]:
         f"`{best.name}` less `{base}`, the best start without training: {points(gap)} points in the mean over "
         f"{gap['cells']} cells ({gap['runs']} pairs of runs); worse by more than one standard error in: {lost}."
     )
+    whole = compared["differences"][best.name].get("full")
+    if whole:
+        told.append(
+            f"Less the whole ancestor, pre-trained and finetuned at its own size (`full`), whatever the descendant's: "
+            f"{points(whole)} over {whole['cells']} cells; ahead in {whole['wins']}."
+        )
     unseen = [cell["mean"] for name, cell in gap["per_cell"].items() if name.split()[1] not in SEEN]
     if 0 < len(unseen) < gap["cells"]:
         mean = sum(unseen) / len(unseen)

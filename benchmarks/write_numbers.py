@@ -125,8 +125,10 @@ def _left_out(compared: dict[str, Any]) -> list[str]:
     rivals = [row for row in read_rows(RESULTS / "compare.csv") if row.start in compared["training_free"]]
     both, lines = summarise([*rows, *rivals]), []
     for verdict in _zoo.verdicts(both, None):
-        less = f"{_zoo.points(verdict.gap)} less `{_zoo.best_rival(both)}`, {_zoo.points(verdict.rival_gap)} less "
-        lines.append(f"`{verdict.name}` ({LEFT_OUT[verdict.name]}): {less}`{verdict.rival}`")
+        less = f"{_zoo.points(verdict.gap)} less `{_zoo.best_rival(both)}`"
+        if verdict.rival:
+            less += f", {_zoo.points(verdict.rival_gap)} less `{verdict.rival}`"
+        lines.append(f"`{verdict.name}` ({LEFT_OUT[verdict.name]}): {less}")
     parts = read("parts.json")
     if parts is not None:
         gap = parts["tables"]["cluster at 6x192"]["differences"]["cluster"]["net2net"]["overall"]["4"]
@@ -178,12 +180,14 @@ def _compared(compared: dict[str, Any]) -> str:
     there = [arm for arm in _zoo.MEANINGS if arm in compared["starts"]]
     return "\n\n".join(
         [
-            f"One recipe for all: {plan['images']} images of each of {sets}, {plan['image_size']} px, shapes {shapes}, "
-            f"{plan['recipe']['epochs']} epochs (`random` and `mimetic`: {plan['fresh']['epochs']}), a head from class "
-            "means. Test accuracy in per cent, the mean over shapes and data sets; differences are "
-            "paired over cells (a shape on a data set) and seeds, ± the standard error over cells, with the p of a "
-            "sign-flip test. `lsamd-base`, and so what is made of it, was trained on pacs and four sets that are not "
-            "among these.",
+            f"One recipe for all that inherits: {plan['images']} images of each of {sets}, {plan['image_size']} px, "
+            f"shapes {shapes}, {plan['recipe']['epochs']} epochs at {plan['recipe']['lr']:g}, a head from class means; "
+            f"for `random` and `mimetic` {plan['fresh']['epochs']} epochs at {plan['fresh']['lr']:g}. Test accuracy in "
+            "per cent, the mean over a start's own cells (a shape on a data set), which differ where a start has not "
+            "every shape or was not run on every set; the differences are paired over the cells that both have, and "
+            "seeds: ± the standard error over cells, with the p of a sign-flip test. `lsamd-base`, and so what is made "
+            "of it, was trained on pacs and four sets that are not among these; what its extraction took is estimated "
+            "from above.",
             _zoo.as_table(compared),
             "\n".join(f"- `{arm}`: {_zoo.MEANINGS[arm]}." for arm in there),
             "\n".join(f"- {line}" for line in _zoo.goals(compared)),
