@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from learngene_hub._compare_summary import best_rival
 from learngene_hub.card import table
 
 SLACK = 1.02
+SIZE = 64  # pixels
 SEEN = ("pacs",)  # of the comparison's sets, those of lsamd-base's extraction
 MEANINGS = {
     "net2net": "the ancestor itself, nothing trained: evenly spaced blocks, units copied or left out; at 12x192 the "
@@ -174,6 +176,16 @@ def goals(compared: Mapping[str, Any]) -> list[str]:
         told.append(
             f"Less the whole ancestor, pre-trained and finetuned at its own size (`full`), whatever the descendant's: "
             f"{points(whole)} over {whole['cells']} cells; ahead in {whole['wins']}."
+        )
+    adapted = compared["differences"][best.name].get("adapted")
+    if adapted:
+        by_shape: dict[str, list[float]] = {}
+        for cell, found in adapted["per_cell"].items():
+            by_shape.setdefault(cell.split()[0], []).append(found["mean"])
+        parts = ", ".join(f"{fmean(means):+.1f} at {shape}" for shape, means in by_shape.items())
+        told.append(
+            f"Less `adapted`, to which training at {SIZE} px alone gave a 24th of the compute: {points(adapted)} over "
+            f"{adapted['cells']} cells; {parts}."
         )
     unseen = [cell["mean"] for name, cell in gap["per_cell"].items() if name.split()[1] not in SEEN]
     if 0 < len(unseen) < gap["cells"]:
