@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import time
@@ -194,7 +195,7 @@ def _begin_head(out: Output, grown: Descendant, images: Images, head: str, *, se
 
     how = ("means" if is_untouched(grown.timm_model) else "fresh") if head == "auto" else head
     count = fit_head(grown.timm_model, images, how=how, preprocessing=grown.preprocessing, device=device, seed=seed)
-    if count:
+    if count and _is_first():
         out.note(f"The head begins with the class means of {count} images ({how}); --head fresh leaves it as it is")
 
 
@@ -271,7 +272,7 @@ def _trained(
         device=device,
     )
     history: dict[str, dict[str, float]] = {}
-    if len(images) > 1 and process()[0] == 0 and not is_begun(state):
+    if len(images) > 1 and _is_first() and not is_begun(state):
         found = factory.evaluate(model, images[1], preprocessing=preprocessing, device=device)
         history["0"] = {"accuracy": found.accuracy}
         out.note(f"before training: accuracy {text('accuracy', found.accuracy)}")
@@ -287,6 +288,11 @@ def _trained(
             told = ", ".join(f"{key} {text(key, value)}" for key, value in reached.items())
             out.note(f"epoch {step.epoch + 1} of {recipe.epochs}: {told}")
     return history
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that tells, also before the first update joins those of a launcher."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _followed(steps: Iterator[Step], log: Path | None) -> Iterator[Step]:

@@ -8,9 +8,11 @@ the m_c, and
     "whitened"  A = ((1 - g) S + g tr(S) / D I)^-1: the nearest class mean where all directions vary alike
 
 The scale s, and g, are those of SCALES and SHRINKAGES whose cross-entropy is least on a fifth of the images that the
-means were not taken from; then the means are taken from all. Nothing is trained: it costs one forward of at most
-PER_CLASS images of a class. Before any training "whitened" is the more accurate; after it "means" is
-(``benchmarks/speedups.yaml``): a head that fits its images too well leaves the features little to learn.
+means were not taken from; then the means are taken from all. Where ENOUGH is reached, s is the smallest to reach it:
+classes that lie far apart would have the largest, and one update turns logits of hundreds into a loss of hundreds.
+Nothing is trained: it costs one forward of at most PER_CLASS images of a class. Before any training "whitened" is the
+more accurate; after it "means" is (``benchmarks/speedups.yaml``): a head that fits its images too well leaves the
+features little to learn.
 
 Source: Fisher 1936 (the discriminant); Ledoit and Wolf 2004 for shrinking S towards a multiple of I. That it starts a
 finetuning is common practice after Kumar et al., ICLR 2022, arXiv:2202.10054 (a head that is fitted first distorts
@@ -32,8 +34,9 @@ from learngene_hub.shape import IMAGENET, Preprocessing
 HEADS = ("fresh", "means", "whitened")
 PER_CLASS = 100
 HELD = 5  # every fifth image of a class is held out
-SCALES = tuple(2.0**power for power in range(-10, 4))
+SCALES = tuple(2.0**power for power in range(-24, 4))
 SHRINKAGES = (0.02, 0.1, 0.5)
+ENOUGH = 0.05  # nats: nothing is gained by a head that is surer
 
 
 @torch.no_grad()
@@ -129,23 +132,29 @@ def _features(
 def solved(features_ND: Tensor, labels_N: Tensor, classes: int, how: str) -> tuple[Tensor, Tensor]:
     """(weight (C, D), bias (C,)) of the discriminant; its scale and shrinkage by held-out images, where there are any.
 
-    Without any (no class has HELD images) the scale is that of unit variance within classes.
+    Without any (no class has HELD images) the scale is that of unit variance within classes, or the smaller one that is
+    enough for the images themselves.
     """
     held = _held_out(labels_N)
     shrinkages: Sequence[float] = SHRINKAGES if how == "whitened" else (1.0,)
     if not held.any() or held.all():
         weight, bias = _discriminant(features_ND, labels_N, classes, shrinkages[-1])
-        return weight.float(), bias.float()
-    best = (float("inf"), shrinkages[-1], 1.0)
+        _, scale = _scaled(features_ND @ weight.T + bias, labels_N)
+        return (min(scale, 1.0) * weight).float(), (min(scale, 1.0) * bias).float()
+    tried = []
     for shrinkage in shrinkages:
         weight, bias = _discriminant(features_ND[~held], labels_N[~held], classes, shrinkage)
-        logits = features_ND[held] @ weight.T + bias
-        for scale in SCALES:
-            loss = float(nn.functional.cross_entropy(scale * logits, labels_N[held]))
-            best = min(best, (loss, shrinkage, scale))
-    _, shrinkage, scale = best
+        loss, scale = _scaled(features_ND[held] @ weight.T + bias, labels_N[held])
+        tried.append((loss, shrinkage, scale))
+    _, shrinkage, scale = min(tried)
     weight, bias = _discriminant(features_ND, labels_N, classes, shrinkage)
     return (scale * weight).float(), (scale * bias).float()
+
+
+def _scaled(logits_NC: Tensor, labels_N: Tensor) -> tuple[float, float]:
+    """(cross-entropy, scale) of the best scale of logits, or of the smallest that is good enough."""
+    losses = [(float(nn.functional.cross_entropy(scale * logits_NC, labels_N)), scale) for scale in SCALES]
+    return next((found for found in losses if found[0] <= ENOUGH), min(losses))
 
 
 def _held_out(labels_N: Tensor) -> Tensor:

@@ -72,6 +72,19 @@ def test_the_scale_makes_held_out_images_likely() -> None:
     assert losses[1.0] < losses[0.125] and losses[1.0] < losses[8.0] and ratio > 0 and unused.shape == (3,)
 
 
+@pytest.mark.parametrize("each", [3, 10])  # of a class; of fewer than five none is held out
+def test_classes_that_lie_far_apart_do_not_make_the_head_sure_beyond_use(each: int) -> None:
+    """Logits of hundreds read them as well, and after one update the loss is hundreds."""
+    features, labels = clouds(3)
+    few = torch.cat([(labels == c).nonzero().flatten()[:each] for c in range(3)])
+    apart = features[few] + 1000.0 * torch.nn.functional.one_hot(labels[few], features.shape[1])
+    weight, bias = solved(apart, labels[few], 3, "means")
+    logits = apart.float() @ weight.T + bias
+    assert (logits.argmax(1) == labels[few]).all()
+    top = logits.topk(2).values
+    assert 2.0 < float((top[:, 0] - top[:, 1]).min()) and float((top[:, 0] - top[:, 1]).max()) < 12.0
+
+
 def test_a_class_without_images_and_one_image_of_each() -> None:
     features, labels = clouds(3)
     weight, bias = solved(features, labels, 4, "whitened")
