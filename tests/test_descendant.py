@@ -424,6 +424,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
     assert not model.timm_model.grad_checkpointing
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # torch says so on Python 3.13.0
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_it_compiles_in_one_graph(backend: str) -> None:
     model = wrapped()
