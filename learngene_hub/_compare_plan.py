@@ -229,7 +229,8 @@ class Plan:
         known = [each.name for each in dataclasses.fields(Recipe) if each.name != "augment"]
         if unknown := [key for key in asked if key not in known]:
             raise SettingsError(f"{unknown[0]!r} in a recipe; known: {', '.join(known)}")
-        return Recipe(**({"epochs": default_epochs(images)} | asked))
+        asked.setdefault("epochs", default_epochs(images))
+        return Recipe(**asked)
 
     def _says_epochs(self, start: Start) -> bool:
         return start.is_fresh or "epochs" in self.recipe or "epochs" in start.recipe
