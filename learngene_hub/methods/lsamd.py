@@ -52,7 +52,7 @@ class Lsamd:
     paper: ClassVar[str] = "https://arxiv.org/abs/2605.08209"
     note: ClassVar[str] = (
         "Only the paper's abstract could be read: whatever is more exact than that is this project's reading. "
-        "A depth beyond the stored blocks repeats them, each copy with its share of the block's update."
+        "A depth beyond the stored blocks repeats them; the setting `repeat` says what the copies write."
     )
     groups: ClassVar[frozenset[str]] = frozenset({"stem", "block", "tail", "search", "width"})
     growth: ClassVar[frozenset[str]] = frozenset({"select", "fill", "repeat", "form"})
